@@ -1,0 +1,148 @@
+"""Every switch of every mechanism, and the named policies: an ablation is a table of switches."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+class SettingError(ValueError):
+    """A setting that does not exist or cannot have that value; the message says what would do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a policy is made of. Units are in the names; the comment says what a field switches."""
+
+    # Who serves a request: the ladder of tiers, or a baseline over the whole fleet as one pool.
+    router: Literal["tiers", "random", "round-robin", "least-requests", "minimal"] = "tiers"
+
+    # Placement inside a tier: `fill` takes the most loaded instance that admits, `spread` the least loaded;
+    # `auto` fills where instances can be given back and spreads on a fixed fleet.
+    placement: Literal["auto", "fill", "spread"] = "auto"
+    # Looser requests on tighter instances: when own instances are full (`lazy`), whenever it admits (`eager`).
+    promotion: Literal["off", "lazy", "eager"] = "lazy"
+    promotion_order: Literal["nearest", "tightest"] = "nearest"
+    guest_reserve: float = 0.1  # share of the host's pace that guests leave free
+    tight_on_loose: bool = False  # a tight request may slow a looser instance down to its own pace
+    relabel: bool = True  # instances move between tiers by demand; off: only when their hosts have gone
+    sizing: Literal["demand", "pending"] = "demand"  # how a tier's share of the fleet is found
+    head_walk: int = 6  # further requests tried behind a head that is refused for its deadline
+
+    # The forecast's tests, each with its switch.
+    test_memory: bool = True
+    test_pace: bool = True
+    test_prefill: bool = True
+    test_token1: bool = True
+    predict_chunks: bool = True  # off: a prompt is assumed to run at the chunk that fits right now
+    wait_time: bool = True  # charge the running iteration
+    lengths: Literal["survival", "average"] = "survival"
+    length_prior_tokens: int = 256  # mean output length believed before anything was seen
+    memory_margin_sigma: float = 1.0  # standard deviations of forecast KV kept free
+    safety_sigma: float = 1.0  # spreads of observed/predicted iteration time added to every forecast
+    correction: bool = True  # live correction of the believed profile
+
+    # What happens to requests that cannot be on time.
+    on_late: Literal["refuse", "serve_late", "never"] = "refuse"
+    confidence: float = 0.9  # refuse when the chance to be on time is below 1 - confidence
+    shortage: Literal["demand", "weight", "cost"] = "demand"
+    infeasible: Literal["refuse", "best_possible"] = "refuse"
+    queue_limit: int = 0  # pending requests per tier; 0: no bound
+    queue_timeout_s: float = 0.0  # longest wait of a pending request; 0: no bound
+
+    # The budget.
+    max_instances: int = 0  # 0: the instances that joined, none started or stopped
+    min_instances: int = 0
+    start_up_s: float = 0.0  # believed
+    start_timeout_s: float = 600.0
+    start_step: int = 4  # most instances starting at once
+    keep_warm_s: float = 30.0
+    look_s: float = 1.0  # between two looks at the tails
+    predictive: bool = True  # start instances for the load expected when they are ready
+
+    # Best effort.
+    best_effort: bool = True
+    best_effort_headroom: float = 0.2  # of KV and pace, left free by best-effort requests
+    best_effort_max_age_s: float = 60.0  # older ones get the loosest tier
+
+    # The engine's side, told to engines that ask (`dynamic` chunk rule).
+    chunk_bound: Literal["pace", "slack"] = "pace"
+    chunk_floor_tokens: int = 64
+
+    explain: bool = False  # keep every candidate's margins for the last decisions
+
+    def replaced(self, values: dict[str, object]) -> Settings:
+        """These settings with some fields replaced, each checked against its type; raises `SettingError`."""
+        hints = get_type_hints(Settings)
+        unknown = sorted(set(values) - set(hints))
+        if unknown:
+            raise SettingError(f"unknown setting {unknown[0]!r}; there are: {', '.join(sorted(hints))}")
+        return dataclasses.replace(
+            self, **{name: _checked(name, value, hints[name]) for name, value in values.items()}
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+
+def _checked(name: str, value: object, hint: Any) -> Any:
+    if get_origin(hint) is Literal:
+        allowed = get_args(hint)
+        if value not in allowed:
+            raise SettingError(f"setting {name!r} is one of {', '.join(map(str, allowed))}, not {value!r}")
+        return value
+    if get_origin(hint) in (types.UnionType, typing.Union):  # pragma: no cover - no such field today
+        raise AssertionError(f"no check for {hint}")
+    if hint is bool:
+        if isinstance(value, str) and value.lower() in ("true", "on", "yes", "1", "false", "off", "no", "0"):
+            return value.lower() in ("true", "on", "yes", "1")
+        if isinstance(value, bool):
+            return value
+        raise SettingError(f"setting {name!r} is true or false, not {value!r}")
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = hint(value)
+        if hint is int and float(str(value)) != number:
+            raise ValueError
+    except (TypeError, ValueError):
+        kind = "a whole number" if hint is int else "a number"
+        raise SettingError(f"setting {name!r} is {kind}, not {value!r}") from None
+    if not 0 <= number < float("inf"):
+        raise SettingError(f"setting {name!r} is finite and not negative, not {value!r}")
+    return number
+
+
+POLICIES: dict[str, Settings] = {
+    "polyserve": Settings(),
+    # The paper as written: averages, strict pace, most loaded, never refuse, scaling by pending alone.
+    "polyserve-paper": Settings(
+        placement="fill",
+        guest_reserve=0.0,
+        relabel=False,
+        sizing="pending",
+        head_walk=0,
+        lengths="average",
+        memory_margin_sigma=0.0,
+        safety_sigma=0.0,
+        correction=False,
+        on_late="never",
+        predictive=False,
+        keep_warm_s=0.0,
+        best_effort=False,
+    ),
+    "random": Settings(router="random", on_late="never"),
+    "round-robin": Settings(router="round-robin", on_late="never"),
+    "least-requests": Settings(router="least-requests", on_late="never"),
+    "minimal": Settings(router="minimal", on_late="never"),
+}
+
+
+def policy(name: str, values: dict[str, object] | None = None) -> Settings:
+    """The named policy with some settings replaced; raises `SettingError` naming what exists."""
+    if name not in POLICIES:
+        raise SettingError(f"unknown policy {name!r}; there are: {', '.join(POLICIES)}")
+    return POLICIES[name].replaced(values or {})
