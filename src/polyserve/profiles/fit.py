@@ -1,0 +1,115 @@
+"""Fit the law of `core/profile.py` to iteration times, whoever measured or composed them.
+
+The law is linear in its numbers once the knots are chosen, and it is monotone exactly when none of them is negative
+(the rise from each knot to the next among them). So the fit is one non-negative least squares problem; rows are
+divided by their own seconds, which makes the residuals relative errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyserve.core.profile import ProfileError
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Batch shapes and the seconds an iteration of each takes: columns of equal length."""
+
+    prefill: Floats
+    decodes: Floats
+    kv: Floats
+    attention: Floats
+    seconds: Floats
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+    def where(self, mask: NDArray[np.bool_]) -> Shapes:
+        """The rows that `mask` keeps."""
+        return Shapes(
+            self.prefill[mask], self.decodes[mask], self.kv[mask], self.attention[mask], self.seconds[mask]
+        )
+
+
+@dataclass(frozen=True)
+class Law:
+    """The numbers of one fitted law, and its relative errors on what it was fitted to."""
+
+    knots: tuple[float, ...]
+    knot_s: tuple[float, ...]
+    per_decode_s: float
+    per_kv_token_s: float
+    per_attention_s: float
+    mean_error: float
+    p99_error: float
+    max_error: float
+
+
+def fit_law(shapes: Shapes, knots: tuple[float, ...]) -> Law:
+    """The monotone law with those knots (rising, from 0) of least mean squared relative error.
+
+    Raises `ProfileError` when there is nothing to fit.
+    """
+    if len(shapes) < len(knots) + 3 or not np.all(shapes.seconds > 0):
+        raise ProfileError(f"a fit wants at least {len(knots) + 3} iterations of positive duration")
+    rises = _rises(shapes.prefill + shapes.decodes, np.asarray(knots))
+    terms = np.column_stack([rises, shapes.decodes, shapes.kv, shapes.attention]) / shapes.seconds[:, None]
+    scale = np.maximum(np.linalg.norm(terms, axis=0), 1e-300)
+    numbers = nonnegative_least_squares(terms / scale, np.ones(len(shapes))) / scale
+    errors = np.abs(terms @ numbers - 1.0)
+    values = np.cumsum(numbers[:-3])
+    return Law(
+        knots=tuple(float(x) for x in knots),
+        knot_s=tuple(float(y) for y in values),
+        per_decode_s=float(numbers[-3]),
+        per_kv_token_s=float(numbers[-2]),
+        per_attention_s=float(numbers[-1]),
+        mean_error=float(errors.mean()),
+        p99_error=float(np.quantile(errors, 0.99)),
+        max_error=float(errors.max()),
+    )
+
+
+def _rises(tokens: Floats, knots: Floats) -> Floats:
+    """How much of the rise before each knot a batch of `tokens` has climbed: columns 1, then one per segment."""
+    share = (tokens[:, None] - knots[None, :-1]) / np.diff(knots)[None, :]
+    upper = np.ones(len(knots) - 1)
+    upper[-1] = np.inf  # the last segment goes on beyond its knot
+    return np.column_stack([np.ones(len(tokens)), np.clip(share, 0.0, upper)])
+
+
+def nonnegative_least_squares(terms: Floats, target: Floats) -> Floats:
+    """The x >= 0 with least |terms @ x - target|: the active-set method of Lawson and Hanson (1974, chapter 23)."""
+    gram, goal = terms.T @ terms, terms.T @ target
+    count = len(goal)
+    x, free = np.zeros(count), np.zeros(count, dtype=bool)
+    tolerance = 1e-11 * max(1.0, float(np.abs(goal).max()))
+    for _ in range(10 * count):
+        gradient = goal - gram @ x
+        gradient[free] = -np.inf
+        best = int(np.argmax(gradient))
+        if gradient[best] <= tolerance:
+            break
+        free[best] = True
+        x = _settled(gram, goal, x, free)
+    return x
+
+
+def _settled(gram: Floats, goal: Floats, x: Floats, free: NDArray[np.bool_]) -> Floats:
+    """Least squares over the free numbers, giving up those that would turn negative (edits `free`)."""
+    while True:
+        trial = np.zeros_like(x)
+        trial[free] = np.linalg.lstsq(gram[np.ix_(free, free)], goal[free], rcond=None)[0]
+        falling = free & (trial <= 0.0)
+        if not falling.any():
+            return trial
+        step = float(np.min(x[falling] / np.maximum(x[falling] - trial[falling], 1e-300)))
+        x = x + step * (trial - x)
+        free &= x > 1e-15
+        x = np.where(free, x, 0.0)
