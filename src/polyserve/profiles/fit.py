@@ -1,8 +1,8 @@
 """Fit the law of `core/profile.py` to iteration times, whoever measured or composed them.
 
-The law is linear in its numbers once the knots are chosen, and it is monotone exactly when none of them is negative
-(the rise from each knot to the next among them). So the fit is one non-negative least squares problem; rows are
-divided by their own seconds, which makes the residuals relative errors.
+The law is linear in its numbers once the knots are chosen, and it is monotone exactly when none of them is
+negative (the rise from each knot to the next among them). So the fit is one non-negative least squares
+problem; rows are divided by their own seconds, which makes the residuals relative errors.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def fit_law(shapes: Shapes, knots: tuple[float, ...]) -> Law:
 
 
 def _rises(tokens: Floats, knots: Floats) -> Floats:
-    """How much of the rise before each knot a batch of `tokens` has climbed: columns 1, then one per segment."""
+    """How much of each segment's rise a batch of `tokens` has climbed, behind a column of ones."""
     share = (tokens[:, None] - knots[None, :-1]) / np.diff(knots)[None, :]
     upper = np.ones(len(knots) - 1)
     upper[-1] = np.inf  # the last segment goes on beyond its knot
@@ -85,7 +85,7 @@ def _rises(tokens: Floats, knots: Floats) -> Floats:
 
 
 def nonnegative_least_squares(terms: Floats, target: Floats) -> Floats:
-    """The x >= 0 with least |terms @ x - target|: the active-set method of Lawson and Hanson (1974, chapter 23)."""
+    """The x >= 0 with least |terms @ x - target|, by the active-set method of Lawson and Hanson (1974)."""
     gram, goal = terms.T @ terms, terms.T @ target
     count = len(goal)
     x, free = np.zeros(count), np.zeros(count, dtype=bool)

@@ -1,4 +1,4 @@
-"""Profile files: JSON that `Profile.to_dict` writes. The shipped ones lie in `shipped/`, each with its origin inside."""
+"""Profile files: JSON as `Profile.to_dict` gives it. The shipped ones lie in `shipped/`, origin inside."""
 
 from __future__ import annotations
 

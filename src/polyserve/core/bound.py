@@ -1,0 +1,233 @@
+"""What no scheduler can beat: an empty instance for one request, and the fluid optimum for a fleet.
+
+The fluid optimum holds the mean iteration, not each one, within a tier's pace. On one instance every iteration
+carries b decodes, and a share f of them also carries c = b * P / (D * f) prompt tokens (P, D: mean prompt and
+output), so that prompts enter as fast as answers leave. Its mean iteration is
+`m = f * T_mixed + (1 - f) * T_decode`, its rate `b / (D * m)`, and the optimum is over b and f with m within the
+pace and b, b + c and b * C (C: mean context) within the engine's limits.
+
+For a given b the cost of prefill per prompt token is, between two knots of the profile, linear over linear in
+c; so the best c is at a knot or at an end, and no search over f is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyserve.core.profile import Limits, Profile
+from polyserve.core.types import ChunkRule, Slo
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+class TierMix(NamedTuple):
+    """The requests of one tier as the fluid sees them: means, and the tier's share of all requests."""
+
+    tpot_s: float
+    share: float
+    prompt: float  # mean prompt tokens, P
+    output: float  # mean output tokens, D
+    context: float  # mean context of a resident decode, weighted by output length, C
+    attention: float  # mean attention work of a prompt, A = P * P / 2
+
+
+def tier_mix(tpot_s: float, share: float, prompts: Ints, outputs: Ints) -> TierMix:
+    """The means of requests with these lengths, of which there is at least one."""
+    prompt, output = prompts.astype(float), outputs.astype(float)
+    context = float((output * (prompt + (output + 1) / 2)).sum() / output.sum())
+    return TierMix(
+        tpot_s, share, float(prompt.mean()), float(output.mean()), context, float((prompt**2).mean() / 2)
+    )
+
+
+# -------------------------------------------------------------------------------------- one request, alone
+
+
+def largest_solo_chunk(limits: Limits, chunk: ChunkRule) -> int:
+    """Prompt tokens one iteration of an otherwise empty instance takes: all it can, or its fixed budget."""
+    most = limits.max_num_batched_tokens
+    return min(chunk.tokens, most) if chunk.kind == "fixed" else most
+
+
+def solo_ttft_s(profile: Profile, chunk: ChunkRule, prompts: Ints) -> Floats:
+    """Seconds until the first token on an empty instance, for each prompt length."""
+    size = largest_solo_chunk(profile.limits, chunk)
+    whole, rest = np.divmod(prompts, size)
+    full_s, rest_s = _token_s(profile, np.array([float(size)]))[0], _token_s(profile, rest.astype(float))
+    work = prompts.astype(float) ** 2 / 2  # summed over chunks, however they are cut
+    seconds: Floats = whole * full_s + np.where(rest > 0, rest_s, 0.0) + profile.per_attention_s * work
+    return seconds
+
+
+def feasible(profile: Profile, chunk: ChunkRule, prompts: Ints, outputs: Ints, slo: Slo) -> Bools:
+    """Which requests an empty instance would serve on time to the last token, within memory and context."""
+    last = prompts + outputs
+    limits = profile.limits
+    decode_s = _decode_s(profile, np.ones(1), last.astype(float))
+    fits: Bools = (
+        (solo_ttft_s(profile, chunk, prompts) <= slo.ttft_s)
+        & (decode_s <= slo.tpot_s)
+        & (last <= min(limits.kv_tokens, limits.context_tokens))
+    )
+    return fits
+
+
+def _token_s(profile: Profile, tokens: Floats) -> Floats:
+    """The part of an iteration that depends on its token count alone, host overhead included."""
+    knots, values = np.asarray(profile.knots), np.asarray(profile.knot_s)
+    beyond = np.maximum(tokens - knots[-1], 0.0) * (values[-1] - values[-2]) / (knots[-1] - knots[-2])
+    seconds: Floats = np.interp(tokens, knots, values) + beyond + profile.host_overhead_s
+    return seconds
+
+
+def _decode_s(profile: Profile, decodes: Floats, kv: Floats) -> Floats:
+    seconds: Floats = (
+        _token_s(profile, decodes) + profile.per_decode_s * decodes + profile.per_kv_token_s * kv
+    )
+    return seconds
+
+
+def _mixed_s(profile: Profile, chunk: Floats, decodes: Floats, kv: Floats, attention: Floats) -> Floats:
+    seconds: Floats = (
+        _token_s(profile, chunk + decodes)
+        + (profile.per_decode_s + profile.mixed_per_decode_s) * decodes
+        + profile.per_kv_token_s * profile.mixed_kv_factor * kv
+        + profile.per_attention_s * attention
+    )
+    return seconds
+
+
+# ----------------------------------------------------------------------------------------------- the fluid
+
+
+def instance_rate(
+    profile: Profile,
+    prompt: float,
+    output: float,
+    context: float,
+    attention: float,
+    tpot_s: float,
+    *,
+    strict: bool = False,
+    limits: Limits | None = None,
+) -> float:
+    """Requests per second that one instance can serve at best at that pace; 0 when it cannot hold it at all.
+
+    The means are `TierMix`'s. `strict` also asks each single iteration to stay within the pace.
+    """
+    limits = limits or profile.limits
+    decodes = _batches(limits, prompt, output, context)
+    if not len(decodes):
+        return 0.0
+    mean_s = _mean_iteration_s(
+        profile, limits, decodes, prompt, output, context, attention, tpot_s if strict else None
+    )
+    return _best_rate(decodes, mean_s, tpot_s) / output
+
+
+def _batches(limits: Limits, prompt: float, output: float, context: float) -> Floats:
+    """Batch sizes to look at, rising: fixed by the limits alone, so that a looser pace can only find more."""
+    most = min(
+        float(limits.max_num_seqs),
+        limits.kv_tokens / context,
+        limits.max_num_batched_tokens / (1.0 + prompt / output),  # c >= b * P / D, as f is at most 1
+    )
+    grid = np.concatenate([np.geomspace(most / 4096, most, 97), np.arange(1.0, min(33.0, most))])
+    return np.unique(grid)
+
+
+def _mean_iteration_s(
+    profile: Profile,
+    limits: Limits,
+    decodes: Floats,
+    prompt: float,
+    output: float,
+    context: float,
+    attention: float,
+    bound_s: float | None,
+) -> Floats:
+    """The least mean iteration for each batch, over the chunks that may ride; infinite where none may."""
+    b = decodes[:, None]
+    least, most = b * prompt / output, limits.max_num_batched_tokens - b
+    chunks = np.concatenate([least, np.asarray(profile.knots)[None, :] - b, most], axis=1)
+    if bound_s is not None:
+        chunks = np.concatenate(
+            [chunks, _widest(profile, b, most, context, attention / prompt, bound_s)], axis=1
+        )
+    chunks = np.clip(chunks, least, np.maximum(least, most))
+    mixed = _mixed_s(profile, chunks, b, b * context, attention / prompt * chunks)
+    pure = _decode_s(profile, b, b * context)
+    mean = pure + least / chunks * (mixed - pure)
+    if bound_s is not None:
+        mean = np.where(mixed <= bound_s * (1 + 1e-9), mean, np.inf)
+    best: Floats = mean.min(axis=1)
+    return best
+
+
+def _widest(
+    profile: Profile, b: Floats, most: Floats, context: float, work_per_token: float, bound_s: float
+) -> Floats:
+    """The largest chunk beside each batch whose iteration stays within the bound, by bisection."""
+    low, high = np.zeros_like(b), most.copy()
+    for _ in range(40):
+        middle = (low + high) / 2
+        within = _mixed_s(profile, middle, b, b * context, work_per_token * middle) <= bound_s
+        low, high = np.where(within, middle, low), np.where(within, high, middle)
+    return low
+
+
+def _best_rate(decodes: Floats, mean_s: Floats, bound_s: float) -> float:
+    """The largest b / m with m within the bound, m being linear between neighbours in the grid.
+
+    On a straight piece b / m is monotone, so the best is at a grid point or where m meets the bound.
+    """
+    within = mean_s <= bound_s
+    rates = decodes[within] / mean_s[within]
+    best = float(rates.max()) if len(rates) else 0.0
+    crossing = np.flatnonzero(
+        (within[1:] != within[:-1]) & np.isfinite(mean_s[1:]) & np.isfinite(mean_s[:-1])
+    )
+    for i in crossing:
+        share = (bound_s - mean_s[i]) / (mean_s[i + 1] - mean_s[i])
+        best = max(best, float(decodes[i] + share * (decodes[i + 1] - decodes[i])) / bound_s)
+    return best
+
+
+def optimal_rate(
+    profile: Profile, instances: float, tiers: Sequence[TierMix], *, strict: bool = False
+) -> float:
+    """Requests per second of all tiers together that the fleet can serve at best, tier shares as given."""
+    return _fleet_rate(profile, instances, tiers, [t.tpot_s for t in tiers], strict)
+
+
+def ceiling(profile: Profile, tiers: Sequence[TierMix], *, strict: bool = False) -> float | None:
+    """What binning can win: the optimum over the same bound with everybody at the tightest pace, at least 1.
+
+    None when somebody cannot be served at that pace at all.
+    """
+    tightest = min(t.tpot_s for t in tiers if t.share > 0)
+    pooled = _fleet_rate(profile, 1.0, tiers, [tightest] * len(tiers), strict)
+    return optimal_rate(profile, 1.0, tiers, strict=strict) / pooled if pooled > 0 else None
+
+
+def _fleet_rate(
+    profile: Profile, instances: float, tiers: Sequence[TierMix], paces: Sequence[float], strict: bool
+) -> float:
+    total = sum(t.share for t in tiers)
+    need = 0.0  # instances for one request per second
+    for tier, pace in zip(tiers, paces, strict=True):
+        if tier.share <= 0:
+            continue
+        rate = instance_rate(
+            profile, tier.prompt, tier.output, tier.context, tier.attention, pace, strict=strict
+        )
+        if rate <= 0:
+            return 0.0
+        need += tier.share / total / rate
+    return instances / need if need > 0 else 0.0
