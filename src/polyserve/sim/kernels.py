@@ -1,0 +1,339 @@
+"""The compiled loops of the simulated engine; `tests/sim/plain_engine.py` is the plain twin that they are
+held to.
+
+An engine's state is five arrays, so that a call costs a microsecond and an iteration does not visit
+residents in Python: `ints` and `floats` have a column per slot (one request each), `lists` holds ordered
+slot numbers, `state` the engine's counters and limits, `work` scratch for one iteration. The rules are told
+in `sim/engine.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from polyserve.core.kernels import Matrix, Vector, iteration_s, plan_prefill
+
+IntVector = NDArray[np.int64]
+IntMatrix = NDArray[np.int64]
+
+# Rows of `ints`: PROMPT without and TARGET with the tokens generated before it was queued; ADMITTED is the
+# number of its admission.
+PROMPT, TARGET, COMPUTED, GENERATED, OUTPUT, BLOCKS, SEQUENCE, RUNS, ADMITTED, CHUNK, INT_ROWS = range(11)
+# Rows of `floats`: BASE is when token 0 is due, infinite (like TPOT) without an SLO.
+BASE, TPOT, WORST, FIRST_AT, LAST_AT, FLOAT_ROWS = range(6)
+# Rows of `lists`, with their lengths in `state`: QUEUE is everybody whose prompt is not computed, in order.
+DECODING, QUEUE, CHUNKED, TOKENS, FIRST, FINISHED, PREEMPTED, LIST_ROWS = range(8)
+# Rows of `work`.
+SLACKS, REMAINING, PAST, CHUNKS, QUEUED, WORK_ROWS = range(6)
+# `state` beyond those lengths.
+FREE, RUNNING, HELD, ADMISSIONS, BLOCK, SEATS, BY_DEADLINE, KIND, LAW_TOKENS, SPEND, FLOOR, STATE_LENGTH = (
+    range(LIST_ROWS, LIST_ROWS + 12)
+)
+
+
+@njit(cache=True)
+def next_due(ints: IntMatrix, floats: Matrix, slot: int) -> float:  # pragma: no cover - compiled
+    """When the slot's next token is late."""
+    if np.isinf(floats[BASE, slot]):
+        return np.inf
+    due: float = floats[BASE, slot] + ints[GENERATED, slot] * floats[TPOT, slot]
+    return due
+
+
+@njit(cache=True)
+def precedes(
+    ints: IntMatrix, floats: Matrix, state: IntVector, a: int, b: int
+) -> bool:  # pragma: no cover - compiled
+    """Whether `a` is computed before `b`: by deadline where the engine goes by it, then by arrival."""
+    if state[BY_DEADLINE]:
+        due_a, due_b = next_due(ints, floats, a), next_due(ints, floats, b)
+        if due_a != due_b:
+            return due_a < due_b
+    earlier: bool = ints[SEQUENCE, a] < ints[SEQUENCE, b]
+    return earlier
+
+
+@njit(cache=True)
+def enqueue(
+    ints: IntMatrix, floats: Matrix, lists: IntMatrix, state: IntVector, slot: int
+) -> None:  # pragma: no cover - compiled
+    """Put a slot in its place in the queue, all that it has generated being part of what it must compute."""
+    ints[TARGET, slot] = ints[PROMPT, slot] + ints[GENERATED, slot]
+    low, high = 0, state[QUEUE]
+    while low < high:
+        middle = (low + high) >> 1
+        if precedes(ints, floats, state, lists[QUEUE, middle], slot):
+            low = middle + 1
+        else:
+            high = middle
+    for j in range(state[QUEUE], low, -1):
+        lists[QUEUE, j] = lists[QUEUE, j - 1]
+    lists[QUEUE, low] = slot
+    state[QUEUE] += 1
+
+
+@njit(cache=True)
+def remove(lists: IntMatrix, state: IntVector, row: int, slot: int) -> bool:  # pragma: no cover - compiled
+    """Take a slot out of an ordered list; False when it is not there."""
+    for j in range(state[row]):
+        if lists[row, j] == slot:
+            for k in range(j, state[row] - 1):
+                lists[row, k] = lists[row, k + 1]
+            state[row] -= 1
+            return True
+    return False
+
+
+@njit(cache=True)
+def release(ints: IntMatrix, state: IntVector, slot: int) -> None:  # pragma: no cover - compiled
+    """Give back a slot's KV and seat."""
+    state[FREE] += ints[BLOCKS, slot]
+    state[HELD] -= ints[COMPUTED, slot]
+    state[RUNNING] -= ints[RUNS, slot]
+    ints[BLOCKS, slot] = ints[COMPUTED, slot] = ints[RUNS, slot] = ints[CHUNK, slot] = 0
+
+
+@njit(cache=True)
+def drop(
+    ints: IntMatrix, lists: IntMatrix, state: IntVector, slot: int
+) -> None:  # pragma: no cover - compiled
+    """Forget a slot wherever it is, also in the middle of an iteration."""
+    if not remove(lists, state, DECODING, slot):
+        remove(lists, state, QUEUE, slot)
+    release(ints, state, slot)
+
+
+@njit(cache=True)
+def preempt(
+    ints: IntMatrix, floats: Matrix, lists: IntMatrix, state: IntVector
+) -> int:  # pragma: no cover - compiled
+    """Send the running slot that matters least back to the queue without its KV; returns it."""
+    victim = -1
+    for row in (DECODING, QUEUE):
+        for j in range(state[row]):
+            slot = lists[row, j]
+            if not ints[RUNS, slot]:
+                continue
+            if victim < 0:
+                victim = slot
+                continue
+            due, worst = 0.0, 0.0
+            if state[BY_DEADLINE]:
+                due, worst = next_due(ints, floats, slot), next_due(ints, floats, victim)
+            if due > worst or (due == worst and ints[ADMITTED, slot] > ints[ADMITTED, victim]):
+                victim = slot
+    if not remove(lists, state, DECODING, victim):
+        remove(lists, state, QUEUE, victim)
+    release(ints, state, victim)
+    enqueue(ints, floats, lists, state, victim)
+    lists[PREEMPTED, state[PREEMPTED]] = victim
+    state[PREEMPTED] += 1
+    return victim
+
+
+@njit(cache=True)
+def room_for_decodes(
+    ints: IntMatrix, floats: Matrix, lists: IntMatrix, state: IntVector
+) -> None:  # pragma: no cover - compiled
+    """Allocate the block that each decode may need for its next token, preempting until it is there."""
+    while True:
+        needed = 0
+        for j in range(state[DECODING]):
+            slot = lists[DECODING, j]
+            if ints[COMPUTED, slot] == ints[BLOCKS, slot] * state[BLOCK]:
+                needed += 1
+        if needed <= state[FREE]:
+            break
+        preempt(ints, floats, lists, state)
+    if needed == 0:
+        return
+    for j in range(state[DECODING]):
+        slot = lists[DECODING, j]
+        if ints[COMPUTED, slot] == ints[BLOCKS, slot] * state[BLOCK]:
+            ints[BLOCKS, slot] += 1
+            state[FREE] -= 1
+
+
+@njit(cache=True)
+def able_prefills(
+    ints: IntMatrix, lists: IntMatrix, state: IntVector, work: Matrix
+) -> int:  # pragma: no cover - compiled
+    """List the prefills that may get a chunk now into `work`; returns how many.
+
+    Whoever is behind one that gets only a part gets nothing, so each may be taken to use all it asks for.
+    """
+    budget = state[LAW_TOKENS] - state[DECODING]
+    free, seats = state[FREE], state[SEATS] - state[RUNNING]
+    running = state[RUNNING] - state[DECODING]
+    closed = state[PREEMPTED] > 0  # nobody joins in an iteration that had to throw somebody out
+    count, total = 0, 0
+    for j in range(state[QUEUE]):
+        if total >= budget or (closed and running == 0):
+            break
+        slot = lists[QUEUE, j]
+        left = ints[TARGET, slot] - ints[COMPUTED, slot]
+        room = (ints[BLOCKS, slot] + free) * state[BLOCK] - ints[COMPUTED, slot]
+        if ints[RUNS, slot]:
+            running -= 1
+            if room < left:
+                if room < state[FLOOR]:
+                    continue
+                left = room
+        else:
+            closed = closed or seats <= 0 or room < left
+            if closed:
+                continue
+            seats -= 1
+        end = ints[COMPUTED, slot] + left
+        free -= max(0, (end + state[BLOCK] - 1) // state[BLOCK] - ints[BLOCKS, slot])
+        work[QUEUED, count], work[REMAINING, count], work[PAST, count] = slot, left, ints[COMPUTED, slot]
+        count += 1
+        total += left
+    return count
+
+
+@njit(cache=True)
+def give_chunks(
+    ints: IntMatrix, lists: IntMatrix, state: IntVector, work: Matrix, count: int
+) -> float:  # pragma: no cover - compiled
+    """Admit the prefills that have a chunk and allocate its blocks; returns their attention work."""
+    attention = 0.0
+    state[CHUNKED] = 0
+    for j in range(count):
+        chunk = int(work[CHUNKS, j])
+        if chunk <= 0:
+            break
+        slot = int(work[QUEUED, j])
+        if not ints[RUNS, slot]:
+            ints[RUNS, slot] = 1
+            ints[ADMITTED, slot] = state[ADMISSIONS]
+            state[ADMISSIONS] += 1
+            state[RUNNING] += 1
+        end = ints[COMPUTED, slot] + chunk
+        more = max(0, (end + state[BLOCK] - 1) // state[BLOCK] - ints[BLOCKS, slot])
+        ints[BLOCKS, slot] += more
+        state[FREE] -= more
+        ints[CHUNK, slot] = chunk
+        attention += chunk * (work[PAST, j] + 0.5 * chunk)
+        lists[CHUNKED, state[CHUNKED]] = slot
+        state[CHUNKED] += 1
+    return attention
+
+
+@njit(cache=True)
+def compose(
+    true: Vector,
+    believed: Vector,
+    ints: IntMatrix,
+    floats: Matrix,
+    lists: IntMatrix,
+    state: IntVector,
+    work: Matrix,
+    now: float,
+    pace: float,
+    ratio: float,
+    margin: float,
+) -> tuple[float, float, int, int, int, int]:  # pragma: no cover - compiled
+    """Choose the next iteration's batch and take its KV.
+
+    `ratio`: observed over believed iteration time; `margin`: what slacks are divided by besides. Returns true
+    and believed seconds, prefill tokens, decodes, KV tokens that the decodes read, and the rule's verdict.
+    """
+    state[PREEMPTED] = 0
+    room_for_decodes(ints, floats, lists, state)
+    decodes, kv = state[DECODING], 0
+    for j in range(decodes):
+        slot = lists[DECODING, j]
+        kv += ints[COMPUTED, slot] + 1
+        pace = min(pace, floats[TPOT, slot])
+        work[SLACKS, j] = (next_due(ints, floats, slot) - now) / (ratio * margin)
+    count = able_prefills(ints, lists, state, work)
+    while decodes == 0 and count == 0:  # half computed prompts fill the memory: the first in line must go on
+        preempt(ints, floats, lists, state)
+        count = able_prefills(ints, lists, state, work)
+    running = state[RUNNING] - decodes
+    for j in range(state[QUEUE]):
+        if running == 0:
+            break
+        if ints[RUNS, lists[QUEUE, j]]:
+            running -= 1
+            pace = min(pace, floats[TPOT, lists[QUEUE, j]])
+    total, verdict, attention = 0, 0, 0.0
+    state[CHUNKED] = 0
+    if count > 0:
+        head_slack = (next_due(ints, floats, int(work[QUEUED, 0])) - now) / (ratio * margin)
+        total, verdict = plan_prefill(
+            believed,
+            state[KIND],
+            state[LAW_TOKENS],
+            state[SPEND] > 0,
+            state[FLOOR],
+            pace / ratio,
+            decodes,
+            kv,
+            work[SLACKS],
+            head_slack,
+            work[REMAINING],
+            work[PAST],
+            count,
+            work[CHUNKS],
+        )
+        attention = give_chunks(ints, lists, state, work, count)
+    seconds = iteration_s(true, total, decodes, kv, attention)
+    expected = iteration_s(believed, total, decodes, kv, attention)
+    return seconds, expected, total, decodes, kv, verdict
+
+
+@njit(cache=True)
+def make_token(
+    ints: IntMatrix, floats: Matrix, lists: IntMatrix, state: IntVector, slot: int, now: float
+) -> bool:  # pragma: no cover - compiled
+    """Give a slot its next token; True when it was the last one, its KV being free again."""
+    lists[TOKENS, state[TOKENS]] = slot
+    state[TOKENS] += 1
+    floats[WORST, slot] = max(floats[WORST, slot], now - next_due(ints, floats, slot))
+    floats[LAST_AT, slot] = now
+    if np.isnan(floats[FIRST_AT, slot]):
+        floats[FIRST_AT, slot] = now
+        lists[FIRST, state[FIRST]] = slot
+        state[FIRST] += 1
+    ints[GENERATED, slot] += 1
+    if ints[GENERATED, slot] < ints[OUTPUT, slot]:
+        return False
+    release(ints, state, slot)
+    lists[FINISHED, state[FINISHED]] = slot
+    state[FINISHED] += 1
+    return True
+
+
+@njit(cache=True)
+def settle(
+    ints: IntMatrix, floats: Matrix, lists: IntMatrix, state: IntVector, now: float
+) -> tuple[int, int]:  # pragma: no cover - compiled
+    """End the running iteration; returns how many had their first and how many their last token."""
+    state[TOKENS] = state[FIRST] = state[FINISHED] = 0
+    stay = 0
+    for j in range(state[DECODING]):
+        slot = lists[DECODING, j]
+        ints[COMPUTED, slot] += 1
+        state[HELD] += 1
+        if not make_token(ints, floats, lists, state, slot, now):
+            lists[DECODING, stay] = slot
+            stay += 1
+    state[DECODING] = stay
+    for j in range(state[CHUNKED]):
+        slot = lists[CHUNKED, j]
+        chunk = ints[CHUNK, slot]
+        if chunk == 0:  # cancelled in the meantime
+            continue
+        ints[CHUNK, slot] = 0
+        ints[COMPUTED, slot] += chunk
+        state[HELD] += chunk
+        if ints[COMPUTED, slot] == ints[TARGET, slot]:
+            remove(lists, state, QUEUE, slot)
+            if not make_token(ints, floats, lists, state, slot, now):
+                lists[DECODING, state[DECODING]] = slot
+                state[DECODING] += 1
+    return state[FIRST], state[FINISHED]
