@@ -1,10 +1,10 @@
 """What no scheduler can beat: an empty instance for one request, and the fluid optimum for a fleet.
 
-The fluid optimum holds the mean iteration, not each one, within a tier's pace. On one instance every iteration
-carries b decodes, and a share f of them also carries c = b * P / (D * f) prompt tokens (P, D: mean prompt and
-output), so that prompts enter as fast as answers leave. Its mean iteration is
-`m = f * T_mixed + (1 - f) * T_decode`, its rate `b / (D * m)`, and the optimum is over b and f with m within the
-pace and b, b + c and b * C (C: mean context) within the engine's limits.
+The fluid optimum holds the mean iteration, not each one, within a tier's pace. On one instance every
+iteration carries b decodes, and a share f of them also carries c = b * P / (D * f) prompt tokens (P, D: mean
+prompt and output), so that prompts enter as fast as answers leave. The mean iteration is
+`m = f * T_mixed + (1 - f) * T_decode`, the rate `b / (D * m)`, and the optimum is over b and f with m within
+the pace and b, b + c and b * C (C: mean context) within the engine's limits.
 
 For a given b the cost of prefill per prompt token is, between two knots of the profile, linear over linear in
 c; so the best c is at a knot or at an end, and no search over f is needed.
