@@ -56,7 +56,7 @@ class Job:
 
 
 class Done(NamedTuple):
-    """A finished request; `worst_lateness_s` is that of its latest token here, -inf without an SLO."""
+    """What a request has got; `worst_lateness_s` is that of its latest token here, -inf without an SLO."""
 
     id: RequestId
     output_tokens: int
@@ -244,13 +244,16 @@ class Engine:
         return IterationResult(self, first, finished, preempted, self._shape)
 
     def _finish(self, slots: list[int]) -> list[Done]:
-        done = []
-        for slot in slots:
-            generated = int(self._ints[k.GENERATED, slot])
-            worst, first_at, last_at = self._floats[[k.WORST, k.FIRST_AT, k.LAST_AT], slot].tolist()
-            done.append(Done(self._ids[slot], generated, worst, first_at, last_at))
-            self._forget(self._ids[slot])
+        done = [self.so_far(self._ids[slot]) for slot in slots]
+        for resident in done:
+            self._forget(resident.id)
         return done
+
+    def so_far(self, id: RequestId) -> Done:
+        """What a resident has got here; the times are NaN before its first token."""
+        slot = self._slots[id]
+        worst, first_at, last_at = self._floats[[k.WORST, k.FIRST_AT, k.LAST_AT], slot].tolist()
+        return Done(id, int(self._ints[k.GENERATED, slot]), worst, first_at, last_at)
 
     def _forget(self, id: RequestId) -> None:
         self._unused.append(self._slots.pop(id))
