@@ -85,7 +85,7 @@ class IterationResult:
     def tokens(self) -> list[RequestId]:
         """Who got a token: the decodes, oldest first, then the prompts that came to their end."""
         assert self._version == self._engine._version, "the engine has moved on"
-        return self._engine._last_tokens()
+        return self._engine._named(self._engine._lists[k.TOKENS, : self._engine._state[k.TOKENS]])
 
     @property
     def iteration(self) -> Iteration:
@@ -185,7 +185,7 @@ class Engine:
         floats[k.BASE, slot] = math.inf if job.slo is None else job.slo.due_at(job.arrived_at, 0)
         floats[k.TPOT, slot] = math.inf if job.slo is None else job.slo.tpot_s
         floats[k.WORST, slot] = -math.inf
-        floats[k.FIRST_AT, slot] = floats[k.LAST_AT, slot] = math.nan
+        floats[k.FIRST_AT, slot] = math.nan
         k.enqueue(ints, floats, self._lists, self._state, slot)
 
     def cancel(self, now: float, id: RequestId) -> bool:
@@ -233,33 +233,35 @@ class Engine:
         self.running = False
         self.iterations += 1
         self._version += 1
-        state, lists, ids = self._state, self._lists, self._ids
-        preempted = [ids[s] for s in lists[k.PREEMPTED, : state[k.PREEMPTED]].tolist()]
-        self.preemptions += len(preempted)
-        firsts, finishes = k.settle(self._ints, self._floats, lists, state, now)
-        first = [ids[s] for s in lists[k.FIRST, :firsts].tolist()] if firsts else []
-        finished = self._finish(lists[k.FINISHED, :finishes].tolist()) if finishes else []
+        lists = self._lists
+        firsts, finishes, thrown = k.settle(self._ints, self._floats, lists, self._state, now)
+        preempted = self._named(lists[k.PREEMPTED, :thrown]) if thrown else []
+        self.preemptions += thrown
+        first = self._named(lists[k.FIRST, :firsts]) if firsts else []
+        finished = (
+            [self._done(slot, now) for slot in lists[k.FINISHED, :finishes].tolist()] if finishes else []
+        )
         if self._correct and not self._exact:
             self._learn()
         return IterationResult(self, first, finished, preempted, self._shape)
 
-    def _finish(self, slots: list[int]) -> list[Done]:
-        done = [self.so_far(self._ids[slot]) for slot in slots]
-        for resident in done:
-            self._forget(resident.id)
-        return done
+    def _named(self, slots: k.IntVector) -> list[RequestId]:
+        ids = self._ids
+        return [ids[slot] for slot in slots.tolist()]
 
-    def so_far(self, id: RequestId) -> Done:
-        """What a resident has got here; the times are NaN before its first token."""
-        slot = self._slots[id]
-        worst, first_at, last_at = self._floats[[k.WORST, k.FIRST_AT, k.LAST_AT], slot].tolist()
-        return Done(id, int(self._ints[k.GENERATED, slot]), worst, first_at, last_at)
+    def _done(self, slot: int, now: float) -> Done:
+        id, floats = self._ids[slot], self._floats
+        self._forget(id)
+        return Done(
+            id,
+            self._ints.item(k.GENERATED, slot),
+            floats.item(k.WORST, slot),
+            floats.item(k.FIRST_AT, slot),
+            now,
+        )
 
     def _forget(self, id: RequestId) -> None:
         self._unused.append(self._slots.pop(id))
-
-    def _last_tokens(self) -> list[RequestId]:
-        return [self._ids[s] for s in self._lists[k.TOKENS, : self._state[k.TOKENS]].tolist()]
 
     def _learn(self) -> None:
         """Take the iteration that just ended into the ratio of observed to believed time, and its spread."""
@@ -303,5 +305,4 @@ class Engine:
         """Prompt tokens still to compute of every resident that does not decode, waiting or not."""
         slots = self._lists[k.QUEUE, : self._state[k.QUEUE]]
         left = self._ints[k.TARGET, slots] - self._ints[k.COMPUTED, slots]
-        ids = self._ids
-        return dict(zip([ids[s] for s in slots.tolist()], left.tolist(), strict=True))
+        return dict(zip(self._named(slots), left.tolist(), strict=True))

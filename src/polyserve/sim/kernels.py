@@ -22,7 +22,7 @@ IntMatrix = NDArray[np.int64]
 # number of its admission.
 PROMPT, TARGET, COMPUTED, GENERATED, OUTPUT, BLOCKS, SEQUENCE, RUNS, ADMITTED, CHUNK, INT_ROWS = range(11)
 # Rows of `floats`: BASE is when token 0 is due, infinite (like TPOT) without an SLO.
-BASE, TPOT, WORST, FIRST_AT, LAST_AT, FLOAT_ROWS = range(6)
+BASE, TPOT, WORST, FIRST_AT, FLOAT_ROWS = range(5)
 # Rows of `lists`, with their lengths in `state`: QUEUE is everybody whose prompt is not computed, in order.
 DECODING, QUEUE, CHUNKED, TOKENS, FIRST, FINISHED, PREEMPTED, LIST_ROWS = range(8)
 # Rows of `work`.
@@ -287,53 +287,59 @@ def compose(
 
 
 @njit(cache=True)
-def make_token(
-    ints: IntMatrix, floats: Matrix, lists: IntMatrix, state: IntVector, slot: int, now: float
-) -> bool:  # pragma: no cover - compiled
-    """Give a slot its next token; True when it was the last one, its KV being free again."""
-    lists[TOKENS, state[TOKENS]] = slot
-    state[TOKENS] += 1
-    floats[WORST, slot] = max(floats[WORST, slot], now - next_due(ints, floats, slot))
-    floats[LAST_AT, slot] = now
-    if np.isnan(floats[FIRST_AT, slot]):
-        floats[FIRST_AT, slot] = now
-        lists[FIRST, state[FIRST]] = slot
-        state[FIRST] += 1
-    ints[GENERATED, slot] += 1
-    if ints[GENERATED, slot] < ints[OUTPUT, slot]:
-        return False
+def finish(
+    ints: IntMatrix, lists: IntMatrix, state: IntVector, slot: int
+) -> None:  # pragma: no cover - compiled
+    """Note that a slot has its last token, its KV being free again."""
     release(ints, state, slot)
     lists[FINISHED, state[FINISHED]] = slot
     state[FINISHED] += 1
-    return True
 
 
 @njit(cache=True)
 def settle(
     ints: IntMatrix, floats: Matrix, lists: IntMatrix, state: IntVector, now: float
-) -> tuple[int, int]:  # pragma: no cover - compiled
-    """End the running iteration; returns how many had their first and how many their last token."""
-    state[TOKENS] = state[FIRST] = state[FINISHED] = 0
+) -> tuple[int, int, int]:  # pragma: no cover - compiled
+    """End the running iteration; returns how many had their first token, their last, and were preempted."""
+    decodes = state[DECODING]
+    state[FIRST] = state[FINISHED] = 0
+    state[HELD] += decodes
     stay = 0
-    for j in range(state[DECODING]):
+    for j in range(decodes):
         slot = lists[DECODING, j]
+        lists[TOKENS, j] = slot
+        late = now - next_due(ints, floats, slot)
+        if late > floats[WORST, slot]:
+            floats[WORST, slot] = late
         ints[COMPUTED, slot] += 1
-        state[HELD] += 1
-        if not make_token(ints, floats, lists, state, slot, now):
+        ints[GENERATED, slot] += 1
+        if ints[GENERATED, slot] == ints[OUTPUT, slot]:
+            finish(ints, lists, state, slot)
+        else:
             lists[DECODING, stay] = slot
             stay += 1
-    state[DECODING] = stay
+    tokens = decodes
     for j in range(state[CHUNKED]):
         slot = lists[CHUNKED, j]
         chunk = ints[CHUNK, slot]
-        if chunk == 0:  # cancelled in the meantime
-            continue
-        ints[CHUNK, slot] = 0
+        ints[CHUNK, slot] = 0  # and 0 already where it was cancelled in the meantime
         ints[COMPUTED, slot] += chunk
         state[HELD] += chunk
-        if ints[COMPUTED, slot] == ints[TARGET, slot]:
-            remove(lists, state, QUEUE, slot)
-            if not make_token(ints, floats, lists, state, slot, now):
-                lists[DECODING, state[DECODING]] = slot
-                state[DECODING] += 1
-    return state[FIRST], state[FINISHED]
+        if chunk == 0 or ints[COMPUTED, slot] < ints[TARGET, slot]:
+            continue
+        remove(lists, state, QUEUE, slot)
+        lists[TOKENS, tokens] = slot
+        tokens += 1
+        floats[WORST, slot] = max(floats[WORST, slot], now - next_due(ints, floats, slot))
+        if np.isnan(floats[FIRST_AT, slot]):
+            floats[FIRST_AT, slot] = now
+            lists[FIRST, state[FIRST]] = slot
+            state[FIRST] += 1
+        ints[GENERATED, slot] += 1
+        if ints[GENERATED, slot] == ints[OUTPUT, slot]:
+            finish(ints, lists, state, slot)
+        else:
+            lists[DECODING, stay] = slot
+            stay += 1
+    state[DECODING], state[TOKENS] = stay, tokens
+    return state[FIRST], state[FINISHED], state[PREEMPTED]
