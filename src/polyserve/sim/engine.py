@@ -293,6 +293,12 @@ class Engine:
         """Output tokens a resident has, those before `resume_from` included."""
         return int(self._ints[k.GENERATED, self._slots[id]])
 
+    def so_far(self, id: RequestId) -> Done:
+        """What a resident has got here, for a body that takes it away; when its last token came is not kept."""
+        slot, floats = self._slots[id], self._floats
+        worst, first_at = floats.item(k.WORST, slot), floats.item(k.FIRST_AT, slot)
+        return Done(id, self.generated(id), worst, first_at, math.nan)
+
     def token_counts(self) -> dict[RequestId, int]:
         """Output tokens of every resident that decodes."""
         slots = self._lists[k.DECODING, : self._state[k.DECODING]]
