@@ -294,7 +294,7 @@ class Engine:
         return int(self._ints[k.GENERATED, self._slots[id]])
 
     def so_far(self, id: RequestId) -> Done:
-        """What a resident has got here, for a body that takes it away; when its last token came is not kept."""
+        """What a resident has got here, for a body that takes it away; its last token's time is not kept."""
         slot, floats = self._slots[id], self._floats
         worst, first_at = floats.item(k.WORST, slot), floats.item(k.FIRST_AT, slot)
         return Done(id, self.generated(id), worst, first_at, math.nan)
