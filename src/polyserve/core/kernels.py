@@ -161,3 +161,330 @@ def plan_prefill(
             chunk = whole
     out[0] = chunk
     return chunk, FORCED
+
+
+# One resident, as a row of the books.
+R_PROMPT, R_LEFT, R_MADE, R_CAP, R_BAND, R_DUE, R_TPOT, R_KEY, R_COLUMNS = range(9)
+# One instance, as the forecast sees it.
+I_KIND, I_TOKENS, I_SPEND, I_FLOOR, I_PACE, I_KV, I_SEQS, I_BLOCK, I_SCALE, I_FREE, I_SIGMA, I_COLUMNS = range(12)
+# The rows of a gauge, each over the grid of future iterations.
+G_BATCH, G_KV, G_VARIANCE, G_DECODES, G_DECODE_KV, G_ROWS = range(6)
+# The answer of a forecast.
+F_MEMORY, F_SEQS, F_PACE, F_PREFILL, F_TOKEN1, F_QUEUED, F_DECODES, F_FIRST, F_PEAK, F_COLUMNS = range(10)
+
+
+@njit(cache=True)
+def alive(table: NDArray[np.float64], edges: Vector, row: Vector, point: int, h: float) -> float:  # pragma: no cover
+    """Probability that a resident is still there at grid point `point`, `h` iterations ahead."""
+    if row[R_MADE] + h >= row[R_CAP]:
+        return 0.0
+    made = row[R_MADE]
+    low, high = 0, edges.shape[0]
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if edges[middle] <= made:
+            low = middle
+        else:
+            high = middle
+    return table[int(row[R_BAND]), low, point]
+
+
+@njit(cache=True)
+def gauge(
+    rows: Matrix, count: int, table: NDArray[np.float64], edges: Vector, grid: Vector, out: Matrix
+) -> None:  # pragma: no cover - compiled
+    """Expected batch and KV over the grid of future iterations; the plain twin is `forecast.gauge`."""
+    out[:, :] = 0.0
+    for i in range(count):
+        row = rows[i]
+        context = row[R_PROMPT] + row[R_MADE]
+        decoding = row[R_LEFT] <= 0.0
+        for p in range(grid.shape[0]):
+            h = grid[p]
+            share = alive(table, edges, row, p, h)
+            if share <= 0.0:
+                break
+            held = context + h
+            out[G_BATCH, p] += share
+            out[G_KV, p] += share * held
+            out[G_VARIANCE, p] += share * (1.0 - share) * held * held
+            if decoding:
+                out[G_DECODES, p] += share
+                out[G_DECODE_KV, p] += share * held
+
+
+@njit(cache=True)
+def at_iteration(line: Vector, grid: Vector, h: float) -> float:  # pragma: no cover - compiled
+    """A line of a gauge at an iteration between grid points."""
+    last = grid.shape[0] - 1
+    if h >= grid[last]:
+        return line[last]
+    p = 0
+    while grid[p + 1] <= h:
+        p += 1
+    return line[p] + (line[p + 1] - line[p]) * (h - grid[p]) / (grid[p + 1] - grid[p])
+
+
+@njit(cache=True)
+def peak_s(
+    profile: Vector, gauged: Matrix, points: int, scale: float
+) -> float:  # pragma: no cover - compiled
+    """The longest pure-decode iteration over the grid."""
+    peak = 0.0
+    for p in range(points):
+        if gauged[G_BATCH, p] > 0.0:
+            peak = max(peak, iteration_s(profile, 0.0, gauged[G_BATCH, p], gauged[G_KV, p], 0.0))
+    return peak * scale
+
+
+LONGEST_RUN = 512  # iterations a queue is followed: beyond, everybody in it counts as late
+
+
+@njit(cache=True)
+def run_queue(
+    profile: Vector,
+    inst: Vector,
+    rows: Matrix,
+    count: int,
+    gauged: Matrix,
+    grid: Vector,
+    candidate: Vector,
+    joins: bool,
+    grow: bool,
+    now: float,
+    until: float,
+    finish: Vector,
+) -> tuple[float, float, float]:  # pragma: no cover - compiled
+    """Follow an instance's prefill queue, chunk by chunk as its rule makes them.
+
+    Returns when the candidate's token 0 and token 1 are made (inf beyond `until`), and the smallest slack a decode
+    keeps. `finish[i]` becomes the time of row i's token 0, `finish[count]` the candidate's. The plain twin is
+    `forecast.run_queue`.
+    """
+    order = np.empty(count + 1, np.int64)
+    waiting, decodes = 0, 0
+    next_due, tightest = np.inf, np.inf
+    for i in range(count):
+        finish[i] = np.inf
+        if rows[i, R_LEFT] > 0.0:
+            order[waiting] = i
+            waiting += 1
+        else:
+            decodes += 1
+            due = rows[i, R_DUE] + rows[i, R_MADE] * rows[i, R_TPOT]
+            if due >= now and due < np.inf:
+                next_due = min(next_due, due)
+                tightest = min(tightest, rows[i, R_TPOT])
+    if np.isinf(next_due):
+        tightest = 0.0
+    finish[count] = np.inf
+    if joins:
+        order[waiting] = count
+        waiting += 1
+    for i in range(1, waiting):
+        entry = order[i]
+        key = candidate[R_KEY] if entry == count else rows[entry, R_KEY]
+        j = i - 1
+        while j >= 0:
+            other = candidate[R_KEY] if order[j] == count else rows[order[j], R_KEY]
+            if other <= key:
+                break
+            order[j + 1] = order[j]
+            j -= 1
+        order[j + 1] = entry
+    remaining, past, chunks = np.empty(waiting), np.empty(waiting), np.empty(waiting)
+    for i in range(waiting):
+        entry = order[i]
+        left = candidate[R_LEFT] if entry == count else rows[entry, R_LEFT]
+        prompt = candidate[R_PROMPT] if entry == count else rows[entry, R_PROMPT]
+        remaining[i], past[i] = left, prompt - left
+    scale, pace, floor = inst[I_SCALE], inst[I_PACE], inst[I_FLOOR]
+    fixed = inst[I_KIND] == FIXED
+    t, head, made, joined, joined_kv = inst[I_FREE], 0, 0, 0.0, 0.0
+    first, second, slack = np.inf, np.inf, np.inf
+    while made < LONGEST_RUN and t <= until:
+        if head >= waiting and (not joins or second < np.inf):
+            break
+        ahead = float(made + 1) if grow else 0.0
+        batch = at_iteration(gauged[G_DECODES], grid, ahead) + joined
+        kv = at_iteration(gauged[G_DECODE_KV], grid, ahead) + joined_kv
+        total, work = 0, 0.0
+        if head < waiting:
+            rest, behind, out = remaining[head:], past[head:], chunks[head:]
+            budget = int(inst[I_TOKENS] - batch)
+            if fixed or batch < 0.5:
+                total = fit_chunks(profile, np.inf, budget, batch, kv, rest, behind, waiting - head, out)
+            else:
+                alone = iteration_s(profile, 0.0, batch, kv, 0.0)
+                banked = next_due + made * tightest - t
+                if banked < alone:
+                    banked = np.inf
+                enough = min(floor, rest[0])
+                bound = banked if inst[I_SPEND] > 0.0 else min(pace, banked)
+                total = fit_chunks(profile, bound, budget, batch, kv, rest, behind, waiting - head, out)
+                if total < enough and banked > bound:
+                    total = fit_chunks(profile, banked, budget, batch, kv, rest, behind, waiting - head, out)
+                if total < enough:
+                    for i in range(waiting - head):
+                        out[i] = 0.0
+                    total = 0
+                    whole = min(int(rest[0]), budget)
+                    entry = order[head]
+                    due = candidate[R_DUE] if entry == count else rows[entry, R_DUE]
+                    whole_s = iteration_s(profile, whole, batch, kv, whole * (behind[0] + 0.5 * whole))
+                    if due - t <= whole_s + alone:
+                        total = min(int(floor), whole)
+                        out[0] = total
+            for i in range(head, waiting):
+                work += chunks[i] * (past[i] + 0.5 * chunks[i])
+        t += iteration_s(profile, total, batch, kv, work) * scale
+        slack = min(slack, next_due + made * tightest - t)
+        made += 1
+        if first < np.inf and second == np.inf:
+            second = t
+        for i in range(head, waiting):
+            if chunks[i] <= 0.0 or total == 0:
+                break
+            remaining[i] -= chunks[i]
+            past[i] += chunks[i]
+            if remaining[i] <= 0.0:
+                entry = order[i]
+                finish[entry] = t
+                if entry == count:
+                    first = t
+                if grow:
+                    joined += 1.0
+                    joined_kv += past[i]
+        while head < waiting and remaining[head] <= 0.0:
+            head += 1
+    return first, second, slack
+
+
+@njit(cache=True)
+def forecast(
+    profile: Vector,
+    inst: Vector,
+    rows: Matrix,
+    count: int,
+    gauged: Matrix,
+    table: NDArray[np.float64],
+    edges: Vector,
+    grid: Vector,
+    candidate: Vector,
+    grow: bool,
+    waive: bool,
+    whole: bool,
+    now: float,
+    out: Vector,
+) -> None:  # pragma: no cover - compiled
+    """Every margin of one candidate on one instance; the plain twin is `forecast.forecast_plain`.
+
+    Stops at the first margin below 0 unless `whole`; margins not looked at are nan. `waive`: the candidate's own
+    deadline no longer counts.
+    """
+    out[:] = np.nan
+    points = grid.shape[0]
+    memory, peak = np.inf, 0.0
+    for p in range(points):
+        share = alive(table, edges, candidate, p, grid[p])
+        held = candidate[R_PROMPT] + candidate[R_MADE] + grid[p]
+        batch = gauged[G_BATCH, p] + share
+        kv = gauged[G_KV, p] + share * held
+        variance = gauged[G_VARIANCE, p] + share * (1.0 - share) * held * held
+        spread = inst[I_SIGMA] * np.sqrt(variance)
+        memory = min(memory, inst[I_KV] - kv - spread - 0.5 * inst[I_BLOCK] * batch)
+        peak = max(peak, iteration_s(profile, 0.0, batch, kv, 0.0))
+    peak *= inst[I_SCALE]
+    out[F_MEMORY], out[F_SEQS] = memory, inst[I_SEQS] - count - 1
+    out[F_PACE], out[F_PEAK] = inst[I_PACE] - peak, peak
+    if not whole and (memory < 0.0 or out[F_SEQS] < 0.0 or out[F_PACE] < 0.0):
+        return
+    due, tpot = candidate[R_DUE], candidate[R_TPOT]
+    finish = np.empty(count + 1)
+    until = np.inf
+    if not waive and not whole:
+        until = due
+    first, second, slack = run_queue(
+        profile, inst, rows, count, gauged, grid, candidate, True, grow, now, until, finish
+    )
+    out[F_FIRST] = first
+    out[F_PREFILL] = np.inf if waive else due - first
+    out[F_TOKEN1] = np.inf if waive or np.isinf(due) else due + tpot - second
+    out[F_QUEUED], out[F_DECODES] = np.inf, np.inf
+    if not whole and (out[F_PREFILL] < 0.0 or out[F_TOKEN1] < 0.0):
+        return
+    for i in range(count):
+        if rows[i, R_LEFT] > 0.0:
+            out[F_QUEUED] = min(out[F_QUEUED], rows[i, R_DUE] - finish[i])
+    # On an engine whose chunks ignore the pace, the candidate's chunks may also push decodes beyond their slack.
+    fixed = inst[I_KIND] == FIXED
+    if fixed:
+        out[F_DECODES] = slack
+    if out[F_QUEUED] >= 0.0 and out[F_DECODES] >= 0.0:
+        return
+    # Somebody is late: only the candidate's doing counts against it.
+    alone = np.empty(count + 1)
+    _, _, slack_alone = run_queue(
+        profile, inst, rows, count, gauged, grid, candidate, False, grow, now, np.inf, alone
+    )
+    out[F_QUEUED] = np.inf
+    for i in range(count):
+        if rows[i, R_LEFT] > 0.0 and alone[i] <= rows[i, R_DUE]:
+            out[F_QUEUED] = min(out[F_QUEUED], rows[i, R_DUE] - finish[i])
+    if fixed and slack_alone < 0.0:
+        out[F_DECODES] = np.inf
+
+
+@njit(cache=True)
+def roll(
+    profile: Vector,
+    inst: Vector,
+    rows: Matrix,
+    count: int,
+    ends_at: float,
+    now: float,
+) -> float:  # pragma: no cover - compiled
+    """Move the books on to `now`: every iteration that has ended since gives tokens; returns when the next one ends.
+
+    A prompt whose first token nobody has seen keeps one token to compute. The plain twin is `forecast.roll`.
+    """
+    order = np.empty(count, np.int64)
+    remaining, past, chunks = np.empty(count), np.empty(count), np.empty(count)
+    turns = 0
+    while True:
+        waiting, decodes, kv = 0, 0, 0.0
+        for i in range(count):
+            if rows[i, R_LEFT] > 0.0:
+                j = waiting - 1
+                while j >= 0 and rows[order[j], R_KEY] > rows[i, R_KEY]:
+                    order[j + 1] = order[j]
+                    j -= 1
+                order[j + 1] = i
+                waiting += 1
+            else:
+                decodes += 1
+                kv += rows[i, R_PROMPT] + rows[i, R_MADE]
+        total, work = 0, 0.0
+        if waiting > 0:
+            for i in range(waiting):
+                remaining[i] = rows[order[i], R_LEFT]
+                past[i] = rows[order[i], R_PROMPT] - remaining[i]
+            free = inst[I_KIND] == FIXED or decodes == 0
+            budget = int(inst[I_TOKENS]) - decodes
+            bound = np.inf if free else inst[I_PACE]
+            total = fit_chunks(profile, bound, budget, decodes, kv, remaining, past, waiting, chunks)
+            for i in range(waiting):
+                work += chunks[i] * (past[i] + 0.5 * chunks[i])
+        step = iteration_s(profile, total, decodes, kv, work) * inst[I_SCALE]
+        if turns > 0:
+            ends_at += step
+        elif ends_at < 0.0:
+            ends_at = now + step
+        if ends_at > now or turns >= 64:
+            return max(ends_at, now)
+        for i in range(count):
+            if rows[i, R_LEFT] <= 0.0 and rows[i, R_MADE] + 1.0 < rows[i, R_CAP]:
+                rows[i, R_MADE] += 1.0
+        for i in range(waiting):
+            rows[order[i], R_LEFT] = max(1.0, remaining[i] - chunks[i])
+        turns += 1

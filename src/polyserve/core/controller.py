@@ -1,0 +1,663 @@
+"""The brain: `step(now, event) -> actions`, and `wake_at`, when it wants to be woken though nothing happens.
+
+It has no clock, no chance of its own, no I/O. A body (simulator or gateway) tells it everything that happens and
+carries out everything it asks. The first event is `Configured`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, replace
+from random import Random
+from typing import assert_never
+
+import numpy as np
+
+from polyserve.core.bound import solo_ttft_s
+from polyserve.core.fleet import Books, Fleet, Job, State
+from polyserve.core.forecast import Forecast, Forecaster
+from polyserve.core.lengths import LengthModel
+from polyserve.core.pending import Pending
+from polyserve.core.profile import Profile
+from polyserve.core.routing import Placement, Refusal, Router, router
+from polyserve.core.scaling import Demand, Scaler
+from polyserve.core.settings import Settings
+from polyserve.core.types import (
+    Action,
+    Arrived,
+    Assign,
+    Broken,
+    Cancel,
+    Cancelled,
+    Configured,
+    Corrected,
+    Dispatch,
+    Drain,
+    DrainAsked,
+    Event,
+    Evict,
+    Failed,
+    Finished,
+    FirstToken,
+    InstanceId,
+    Joined,
+    Lost,
+    Preempted,
+    Progressed,
+    Ready,
+    Refuse,
+    RefuseCode,
+    Reported,
+    Request,
+    RequestId,
+    SetPace,
+    Slo,
+    Start,
+    Stop,
+    Tick,
+    Tier,
+    TierName,
+    to_microsecond,
+)
+
+EXPLAINED = 256  # decisions kept for `Controller.explanations`
+RETRY_FLOOR_S = 0.1  # a client that is told to come back sooner only adds load
+# A second start of a failing launcher comes after this, then after twice as long, up to a minute.
+BACKOFF_S, LONGEST_BACKOFF_S = 2.0, 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why a request went where it went: every instance that was asked, and what each lacked."""
+
+    at: float
+    request: RequestId
+    tier: TierName | None
+    chosen: InstanceId | None
+    forecast: Forecast | None
+    considered: tuple[Refusal, ...]
+
+
+class Controller:
+    """Admission, routing and scaling of one fleet for one model."""
+
+    def __init__(self) -> None:
+        self._now = -math.inf
+        self._actions: list[Action] = []
+        self._configured = False
+
+    # ------------------------------------------------------------------------------------------------- the door
+
+    def step(self, now: float, event: Event) -> list[Action]:
+        """Take in one event and say what to do about it; `now` never falls."""
+        assert now >= self._now, f"time runs one way: {now} after {self._now}"
+        assert self._configured or isinstance(event, Configured), "the first event is Configured"
+        self._now = now
+        self._actions = []
+        match event:
+            case Arrived():
+                self._arrived(event.request)
+            case Progressed():
+                self._progressed(event)
+            case FirstToken():
+                self._first_token(event)
+            case Finished():
+                self._finished(event)
+            case Tick():
+                pass
+            case Corrected():
+                self._corrected(event)
+            case Cancelled():
+                self._cancelled(event.request)
+            case Preempted():
+                if books := self._fleet.get(event.instance):
+                    books.recompute(event.request)
+            case Broken():
+                self._broken(event)
+            case Reported():
+                self._reported(event)
+            case Joined():
+                self._joined(event)
+            case Ready():
+                self._ready(event.instance)
+            case Lost():
+                self._lost(event.instance)
+            case Failed():
+                self._failed(event.instance)
+            case DrainAsked():
+                self._drain_asked(event.instance)
+            case Configured():
+                self._configure(event)
+            case _:
+                assert_never(event)
+        self._refuse_the_hopeless()
+        if now >= self._look_at:
+            self._look()
+        return self._actions
+
+    @property
+    def wake_at(self) -> float | None:
+        """When to send a `Tick` if nothing else happens before; None: never."""
+        if not self._configured or not (len(self._fleet) or len(self._pending) or self._starting):
+            return None
+        beyond = self._pending.next_beyond_at
+        return self._look_at if beyond is None else min(self._look_at, max(beyond, self._now))
+
+    # ------------------------------------------------------------------------------------------- configuration
+
+    def _configure(self, event: Configured) -> None:
+        assert not self._configured, "a controller is configured once"
+        self._configured = True
+        self._settings = Settings().replaced(event.settings)
+        self._tiers = sorted(event.tiers, key=lambda t: t.tpot_s)
+        self._tier: dict[TierName, Tier] = {tier.name: tier for tier in self._tiers}
+        self._index = {tier.name: i for i, tier in enumerate(self._tiers)}
+        self._profiles = {name: Profile.from_dict(plain) for name, plain in event.profiles.items()}
+        self._lengths = LengthModel(
+            len(self._tiers), self._settings.length_prior_tokens, self._settings.lengths
+        )
+        self._fleet = Fleet()
+        self._pending = Pending([tier.name for tier in self._tiers])
+        self._demand = Demand(self._tiers, self._settings.length_prior_tokens)
+        self._forecaster = Forecaster(self._settings, self._lengths)
+        self._router: Router = router(
+            self._settings, self._tiers, self._fleet, self._forecaster, self._demand, Random(event.seed)
+        )
+        self._scaler = Scaler(self._settings, self._tiers, self._fleet, self._demand)
+        self._look_at = self._now
+        self._lengths_at = self._now
+        self._starting: dict[InstanceId, float] = {}  # asked to start, and when
+        self._started = 0
+        self._failures = 0
+        self._start_after = -math.inf
+        self._drained: dict[TierName, float] = {tier.name: 0.0 for tier in self._tiers}
+        self.explanations: deque[Explanation] = deque(maxlen=EXPLAINED)
+
+    @property
+    def fleet(self) -> Fleet:
+        """The books, to be read only."""
+        return self._fleet
+
+    @property
+    def pending(self) -> Pending:
+        """The waiting requests, to be read only."""
+        return self._pending
+
+    @property
+    def tiers(self) -> list[Tier]:
+        """Tightest first."""
+        return self._tiers
+
+    @property
+    def wanted(self) -> dict[TierName, int]:
+        """Instances that each tier should have."""
+        return self._scaler.wanted
+
+    @property
+    def forecasts(self) -> int:
+        """How many forecasts were asked for so far."""
+        return self._forecaster.asked
+
+    # ------------------------------------------------------------------------------------------------- requests
+
+    def _arrived(self, request: Request) -> None:
+        job = self._admissible(request)
+        if job is None:
+            return
+        if job.tier is not None:
+            self._demand.arrived(self._now, job.tier, job.prompt_tokens)
+        placement = None if self._queue_first(job) else self._router.place(self._now, job)
+        self._explain(job, placement)
+        if placement is not None:
+            self._carry_out(placement)
+        elif not self._refuse_early(job):
+            self._pending.push(job, self._now)
+
+    def _queue_first(self, job: Job) -> bool:
+        """Whether others of the tier wait already and are due earlier: then nobody overtakes them."""
+        if job.tier is None:
+            return len(self._pending.best_effort) > 0
+        queue = self._pending.queues[job.tier]
+        return len(queue) > 0 and queue.ahead_tokens(job.due_at)[0] > self._settings.head_walk
+
+    def _admissible(self, request: Request) -> Job | None:
+        """The job of a request, binned; None when it was refused at once."""
+        limits = [books.profile.limits for books in self._fleet] or [
+            p.limits for p in self._profiles.values()
+        ]
+        context = min(max(x.context_tokens for x in limits), max(x.kv_tokens for x in limits))
+        if request.prompt_tokens + (request.max_tokens or 1) > context:
+            self._refuse(request.id, "context_length_exceeded", None, None)
+            return None
+        if self._settings.router != "tiers" and request.slo is None:
+            return self._job(request, None, None)
+        if request.slo is None:
+            if self._settings.best_effort:
+                return self._job(request, None, None)
+            return self._job(request, self._tiers[-1], self._loosest_slo())
+        tier = self._bin(request.slo)
+        slo = self._reachable(request, tier, request.slo)
+        if slo is None:
+            self._refuse(request.id, "slo_infeasible", None, None)
+            return None
+        return self._job(request, tier or self._tiers[0], slo)
+
+    def _loosest_slo(self) -> Slo:
+        return Slo(self._tiers[-1].ttft_s, self._tiers[-1].tpot_s)
+
+    def _bin(self, slo: Slo) -> Tier | None:
+        """The loosest tier that is no looser than asked; None when even the tightest is too loose."""
+        fitting = [tier for tier in self._tiers if tier.tpot_s <= slo.tpot_s * (1 + 1e-9)]
+        return fitting[-1] if fitting else None
+
+    def _reachable(self, request: Request, tier: Tier | None, slo: Slo) -> Slo | None:
+        """The SLO, if an idle instance would meet it; else the best possible one, or None by the settings."""
+        if self._settings.router != "tiers":
+            return slo
+        best = self._solo_ttft_s(request.prompt_tokens)
+        if tier is not None and best <= slo.ttft_s:
+            return slo
+        if self._settings.infeasible == "refuse" and self._settings.on_late == "refuse":
+            return None
+        return Slo(max(slo.ttft_s, best), slo.tpot_s if tier is not None else self._tiers[0].tpot_s)
+
+    def _solo_ttft_s(self, prompt_tokens: int) -> float:
+        """Time to first token on the fastest instance there is, were it idle."""
+        kinds = {(b.profile.name, b.instance.chunk): b for b in self._fleet}
+        prompts = np.array([prompt_tokens])
+        if not kinds:
+            return 0.0
+        return min(float(solo_ttft_s(b.profile, b.instance.chunk, prompts)[0]) for b in kinds.values())
+
+    def _job(self, request: Request, tier: Tier | None, slo: Slo | None) -> Job:
+        index = None if tier is None else self._index[tier.name]
+        job = Job(
+            request,
+            tier.name if tier else None,
+            slo,
+            request.prompt_tokens,
+            self._lengths.row(index, request.prompt_tokens),
+        )
+        if slo is not None:
+            job.latest_at = to_microsecond(job.due_at - self._solo_ttft_s(request.prompt_tokens))
+        return job
+
+    def _refuse(
+        self, request: RequestId, code: RefuseCode, tier: TierName | None, retry_s: float | None
+    ) -> None:
+        retry = None if retry_s is None else to_microsecond(max(retry_s, RETRY_FLOOR_S))
+        self._actions.append(Refuse(request, code, tier, retry))
+
+    def _explain(self, job: Job, placement: Placement | None) -> None:
+        if not self._settings.explain:
+            return
+        chosen, forecast = (placement.books.id, placement.forecast) if placement else (None, None)
+        considered = tuple(self._router.considered)
+        self.explanations.append(
+            Explanation(self._now, job.id, job.tier, chosen, forecast, considered)
+        )
+
+    # ----------------------------------------------------------------------------------------------- carrying out
+
+    def _carry_out(self, placement: Placement) -> None:
+        job, books = placement.job, placement.books
+        for request in placement.evicts:
+            self._evict(books, request)
+        if placement.takes and books.tier != job.tier:
+            self._assign(books, job.tier)
+        if job.id in self._pending:
+            self._pending.remove(job.id)
+            if job.tier is not None:
+                self._drained[job.tier] += job.prefill_tokens
+        job.instance = books.id
+        job.seen = job.made
+        books.add(job, self._now)
+        books.empty_looks = 0
+        if job.tier is not None:
+            self._demand.admitted(job.tier)
+        first_at = placement.forecast.first_token_at if placement.forecast else math.inf
+        predicted = to_microsecond(first_at - job.request.arrived_at) if math.isfinite(first_at) else None
+        self._repace(books)
+        self._actions.append(
+            Dispatch(job.id, books.id, job.tier, books.tier, job.slo, job.made, predicted)
+        )
+
+    def _assign(self, books: Books, tier: TierName | None) -> None:
+        books.tier = tier
+        books.since = self._now
+        books.empty_looks = 0
+        self._actions.append(Assign(books.id, tier))
+        self._repace(books)
+
+    def _repace(self, books: Books) -> None:
+        """An instance's pace is the tightest of its tier's and its residents'."""
+        if self._settings.router != "tiers":
+            return
+        paces = [j.slo.tpot_s for j in books.jobs.values() if j.slo]
+        if books.tier is not None:
+            paces = [min(self._tier[books.tier].tpot_s, *map(self._tier_pace, books.jobs.values()))]
+        pace = min(paces, default=self._tiers[-1].tpot_s)
+        if pace != books.pace_s:
+            books.pace_s = pace
+            if books.law.kind == 0:
+                self._actions.append(SetPace(books.id, to_microsecond(pace)))
+
+    def _tier_pace(self, job: Job) -> float:
+        return self._tier[job.tier].tpot_s if job.tier is not None else math.inf
+
+    def _evict(self, books: Books, request: RequestId) -> None:
+        job = books.remove(request)
+        if job is None:
+            return
+        self._actions.append(Evict(request, books.id))
+        self._requeue(job)
+
+    def _requeue(self, job: Job) -> None:
+        """A job that lost its instance waits again, with the tokens it has."""
+        job.made, job.instance = job.seen, None
+        if job.made > 0:
+            job.late = True  # its stream has begun: it is never refused
+        elif job.slo is not None:
+            job.latest_at = to_microsecond(job.due_at - self._solo_ttft_s(job.prefill_tokens))
+        self._pending.push(job, self._now)
+
+    def _refill(self, books: Books) -> None:
+        """Room may have appeared on an instance."""
+        if not len(self._pending) or books.state is not State.READY:
+            return
+        for placement in self._router.refill(self._now, books, self._pending):
+            self._carry_out(placement)
+
+    def _vacated(self, books: Books) -> None:
+        """A resident has left."""
+        if books.state is State.DRAINING:
+            self._stop_if_drained(books)
+            return
+        self._relabel_for_guests(books)
+        self._repace(books)
+        self._refill(books)
+
+    def _relabel_for_guests(self, books: Books) -> None:
+        """An instance whose hosts have gone takes the tier of its tightest guest, where tiers are not sized."""
+        if books.tier is None or self._settings.router != "tiers" or self._settings.sizing == "demand":
+            return
+        tiers = [self._index[j.tier] for j in books.jobs.values() if j.tier is not None]
+        if tiers and self._index[books.tier] not in tiers:
+            self._assign(books, self._tiers[min(tiers)].name)
+
+    # --------------------------------------------------------------------------------------------- what happens
+
+    def _progressed(self, event: Progressed) -> None:
+        books = self._fleet.get(event.instance)
+        if books is None:
+            return
+        books.progressed(event.tokens, event.prefilling, event.iteration, self._now)
+        self._refill(books)
+
+    def _first_token(self, event: FirstToken) -> None:
+        books = self._fleet.get(event.instance)
+        if books is None or event.request not in books.jobs:
+            return
+        books.first_token(event.request)
+        job = books.jobs[event.request]
+        job.seen = max(job.seen, job.made + 1)
+        self._refill(books)
+
+    def _finished(self, event: Finished) -> None:
+        books = self._fleet.get(event.instance)
+        job = books.remove(event.request) if books else None
+        if books is None or job is None:
+            return
+        self._lengths.ended(job.length_row, event.output_tokens)
+        if job.tier is not None:
+            self._demand.ended(job.tier, job.prompt_tokens, event.output_tokens)
+        self._vacated(books)
+
+    def _corrected(self, event: Corrected) -> None:
+        job = self._pending.get(event.request)
+        if job is not None:
+            self._pending.remove(job.id)
+            job.prompt_tokens = event.prompt_tokens
+            self._pending.push(job, self._now)
+            return
+        for books in self._fleet:
+            if event.request in books.jobs:
+                books.correct_prompt(event.request, event.prompt_tokens)
+                books.jobs[event.request].prompt_tokens = event.prompt_tokens
+
+    def _cancelled(self, request: RequestId) -> None:
+        if request in self._pending:
+            self._pending.remove(request)
+            return
+        for books in self._fleet:
+            if books.remove(request) is not None:
+                self._actions.append(Cancel(request, books.id))
+                self._vacated(books)
+                return
+
+    def _broken(self, event: Broken) -> None:
+        books = self._fleet.get(event.instance)
+        job = books.remove(event.request) if books else self._pending.get(event.request)
+        if job is None:
+            return
+        if books is None:
+            job = self._pending.remove(event.request)
+        job.seen = max(event.tokens, job.made)
+        job.avoid.add(event.instance)
+        self._replace(job)
+        if books is not None:
+            self._vacated(books)
+
+    def _replace(self, job: Job) -> None:
+        """Find a new place for a job whose stream broke."""
+        self._requeue(job)
+        others = [b for b in self._fleet if b.id not in job.avoid]
+        if not others and not self._starting and not self._scaler.elastic:
+            if job.made == 0:
+                self._pending.remove(job.id)
+                self._refuse(job.id, "no_instances", job.tier, BACKOFF_S)
+                return
+            job.avoid.clear()
+        placement = self._router.place(self._now, job)
+        self._explain(job, placement)
+        if placement is not None:
+            self._carry_out(placement)
+
+    def _reported(self, event: Reported) -> None:
+        books = self._fleet.get(event.instance)
+        if books is not None:
+            books.reported_at = event.at
+            books.foreign = max(event.running + event.waiting - len(books.jobs), 0)
+
+    # ------------------------------------------------------------------------------------------------- instances
+
+    def _joined(self, event: Joined) -> None:
+        instance = event.instance
+        self._starting.pop(instance.id, None)
+        if instance.id in self._fleet.books:
+            return
+        books = Books(instance, self._profiles[instance.profile], self._settings, self._lengths)
+        books.since = self._now
+        self._fleet.books[instance.id] = books
+
+    def _ready(self, instance: InstanceId) -> None:
+        books = self._fleet.get(instance)
+        if books is None or books.state is not State.STARTING:
+            return
+        self._failures = 0
+        books.state = State.READY
+        books.since = self._now
+        books.pace_s = math.inf
+        self._repace(books)
+        self._refill(books)
+
+    def _lost(self, instance: InstanceId) -> None:
+        books = self._fleet.books.pop(instance, None)
+        self._starting.pop(instance, None)
+        if books is None:
+            return
+        for job in list(books.jobs.values()):
+            self._replace(job)
+
+    def _failed(self, instance: InstanceId) -> None:
+        self._starting.pop(instance, None)
+        self._fleet.books.pop(instance, None)
+        self._start_after = self._now + min(BACKOFF_S * 2.0**self._failures, LONGEST_BACKOFF_S)
+        self._failures += 1
+
+    def _drain_asked(self, instance: InstanceId) -> None:
+        books = self._fleet.get(instance)
+        if books is None or books.state is State.DRAINING:
+            return
+        books.state = State.DRAINING
+        books.since = self._now
+        self._actions.append(Drain(instance))
+        self._stop_if_drained(books)
+
+    def _stop_if_drained(self, books: Books) -> None:
+        if not books.jobs:
+            del self._fleet.books[books.id]
+            self._actions.append(Stop(books.id))
+
+    # ------------------------------------------------------------------------------------------------ being late
+
+    def _on_late(self, job: Job) -> str:
+        tier = self._tier[job.tier] if job.tier is not None else None
+        return (tier.on_late if tier else None) or self._settings.on_late
+
+    def _refuse_early(self, job: Job) -> bool:
+        """Refuse an arrival whose chance to be on time, behind everybody due before it, is below 1 - confidence.
+
+        The wait is the prompt tokens ahead over the rate at which the queue has been draining; its spread that of
+        a sum of as many independent services. Also bounds the queue.
+        """
+        if job.tier is None:
+            return self._nobody_home(job)
+        queue = self._pending.queues[job.tier]
+        if self._settings.queue_limit and len(queue) >= self._settings.queue_limit:
+            self._refuse(job.id, "queue_full", job.tier, self._drain_s(job))
+            return True
+        if self._nobody_home(job):
+            return True
+        if self._on_late(job) != "refuse" or job.late:
+            return False
+        ahead, _ = queue.ahead_tokens(job.due_at)
+        wait = self._drain_s(job)
+        if ahead == 0 or wait <= 0.0:
+            return False
+        quantile = 1.2816 if self._settings.confidence >= 0.9 else 0.6745
+        if wait * (1.0 - quantile / math.sqrt(ahead + 1)) > job.latest_at - self._now:
+            self._refuse(job.id, "overloaded", job.tier, wait)
+            return True
+        return False
+
+    def _nobody_home(self, job: Job) -> bool:
+        """Refuse when no instance exists and none is coming."""
+        if len(self._fleet) or self._starting or self._scaler.elastic:
+            return False
+        self._refuse(job.id, "no_instances", job.tier, BACKOFF_S)
+        return True
+
+    def _drain_s(self, job: Job) -> float:
+        """Predicted wait of a job behind those due before it; 0 when nothing is known."""
+        if job.tier is None:
+            return 0.0
+        _, tokens = self._pending.queues[job.tier].ahead_tokens(job.due_at)
+        rate = self._drained[job.tier] / DRAIN_MEMORY_S
+        return tokens / rate if rate > 0.0 else 0.0
+
+    def _refuse_the_hopeless(self) -> None:
+        """Requests that no idle instance could serve in time any more: refused, or served late, by `on_late`."""
+        for job in self._pending.beyond_hope(self._now):
+            rule = self._on_late(job)
+            if rule == "refuse" and not job.late:
+                self._pending.remove(job.id)
+                self._refuse(job.id, "overloaded", job.tier, self._drain_s(job))
+            elif rule == "serve_late":
+                job.late = True
+
+    # ------------------------------------------------------------------------------------------------- the look
+
+    def _look(self) -> None:
+        """What is looked at now and then: lengths, tier sizes, empty tails, the budget, the aged."""
+        now, settings = self._now, self._settings
+        self._look_at = to_microsecond(now + settings.look_s)
+        for name in self._drained:
+            self._drained[name] *= math.exp(-settings.look_s / DRAIN_MEMORY_S)
+        if self._lengths.unlearned and now - self._lengths_at >= LENGTHS_EVERY_S:
+            self._lengths_at = now
+            self._lengths.refresh(
+                (int(job.length_row), job.seen) for books in self._fleet for job in books.jobs.values()
+            )
+        self._time_out_queues()
+        self._age_best_effort()
+        self._time_out_starts()
+        if settings.router == "tiers":
+            self._scale()
+
+    def _scale(self) -> None:
+        waiting = [name for name, queue in self._pending.queues.items() if len(queue)]
+        if self._pending.best_effort and not self._fleet.ready():
+            waiting.append(self._tiers[-1].name)
+        starting = len(self._starting) + len(self._fleet.starting())
+        plan = self._scaler.look(self._now, waiting, starting)
+        for books, tier in plan.assign:
+            if books.tier != tier:
+                self._assign(books, tier)
+                self._refill(books)
+        if self._now >= self._start_after:
+            for _ in range(plan.start):
+                self._start()
+        for books in plan.stop:
+            self._drain_asked(books.id)
+
+    def _start(self) -> None:
+        while True:
+            self._started += 1
+            instance = f"i{self._started}"
+            if instance not in self._fleet.books:
+                break
+        self._starting[instance] = self._now
+        self._actions.append(Start(instance))
+
+    def _time_out_starts(self) -> None:
+        """A start that never gets ready is not waited for for ever."""
+        limit = self._now - self._settings.start_timeout_s
+        late = [name for name, asked in self._starting.items() if asked < limit]
+        if self._scaler.elastic:
+            late += [b.id for b in self._fleet.starting() if b.since < limit]
+        for instance in late:
+            self._failed(instance)
+            self._actions.append(Stop(instance))
+
+    def _time_out_queues(self) -> None:
+        limit = self._settings.queue_timeout_s
+        if not limit:
+            return
+        waiting = [job for queue in self._pending.queues.values() for job in queue]
+        for job in [*waiting, *self._pending.best_effort.values()]:
+            if self._now - job.pending_since > limit and not job.late:
+                self._pending.remove(job.id)
+                self._refuse(job.id, "queue_timeout", job.tier, self._drain_s(job))
+
+    def _age_best_effort(self) -> None:
+        """Best effort that has waited too long gets the loosest tier, from now on."""
+        limit = self._now - self._settings.best_effort_max_age_s
+        for job in [j for j in self._pending.best_effort.values() if j.request.arrived_at < limit]:
+            self._pending.remove(job.id)
+            tier = self._tiers[-1]
+            aged = self._job(replace(job.request, arrived_at=self._now), tier, self._loosest_slo())
+            aged.made = aged.seen = job.made
+            aged.late = True
+            aged.avoid = job.avoid
+            self._demand.arrived(self._now, tier.name, aged.prefill_tokens)
+            placement = self._router.place(self._now, aged)
+            if placement is not None:
+                self._carry_out(placement)
+            else:
+                self._pending.push(aged, self._now)
+
+
+DRAIN_MEMORY_S = 5.0  # over which the rate of a queue's drain is taken
+LENGTHS_EVERY_S = 2.0  # the table costs about 2 ms

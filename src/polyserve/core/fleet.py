@@ -1,0 +1,397 @@
+"""The books: instances and what each holds, as far as reports and our own dispatches tell.
+
+An instance's residents are rows of one matrix (columns `kernels.R_*`), because a forecast walks all of them. Between
+reports the books roll on by the believed profile. Everything derived from the rows (gauge, load) is kept until a row,
+the clock or the length table moves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+
+from polyserve.core import kernels
+from polyserve.core.chunking import ChunkLaw, chunk_law
+from polyserve.core.kernels import (
+    I_BLOCK,
+    I_COLUMNS,
+    I_FLOOR,
+    I_FREE,
+    I_KIND,
+    I_KV,
+    I_PACE,
+    I_SCALE,
+    I_SEQS,
+    I_SIGMA,
+    I_SPEND,
+    I_TOKENS,
+    R_BAND,
+    R_CAP,
+    R_COLUMNS,
+    R_DUE,
+    R_KEY,
+    R_LEFT,
+    R_MADE,
+    R_PROMPT,
+    R_TPOT,
+    Matrix,
+    Vector,
+)
+from polyserve.core.lengths import EDGES, GRID, LengthModel
+from polyserve.core.profile import Profile
+from polyserve.core.settings import Settings
+from polyserve.core.types import Instance, InstanceId, Iteration, Request, RequestId, Slo, TierName
+
+
+class State(StrEnum):
+    """Where an instance is in its life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class Correction:
+    """Live ratio of observed to believed iteration times, and its spread.
+
+    An exponentially weighted mean of the ratio: its weight halves every `HALF_LIFE` iterations, and it starts from
+    `PRIOR` iterations that were exactly as believed, so that one slow iteration changes little.
+    """
+
+    HALF_LIFE = 100.0
+    PRIOR = 10.0
+
+    def __init__(self) -> None:
+        self._weight = self.PRIOR
+        self._mean = 1.0
+        self._square = 0.0
+
+    def observe(self, observed_s: float, believed_s: float) -> None:
+        """Learn from one iteration; wild ratios (a stall, a clock that jumped) count as the nearest sane one."""
+        ratio = min(max(observed_s / believed_s, 0.25), 4.0)
+        self._weight = self._weight * 0.5 ** (1.0 / self.HALF_LIFE) + 1.0
+        off = ratio - self._mean
+        self._mean += off / self._weight
+        self._square += (off * (ratio - self._mean) - self._square) / self._weight
+
+    @property
+    def ratio(self) -> float:
+        """Observed over believed."""
+        return self._mean
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of single iterations around `ratio`, as a share of it."""
+        return math.sqrt(max(self._square, 0.0)) / self._mean
+
+
+@dataclass(slots=True)
+class Job:
+    """A request as the core carries it from arrival to answer."""
+
+    request: Request
+    tier: TierName | None  # None: best effort
+    slo: Slo | None
+    prompt_tokens: int  # best count so far
+    length_row: int = 0  # of `LengthModel.table`
+    made: int = 0  # output tokens delivered before the present dispatch
+    seen: int = 0  # output tokens delivered
+    instance: InstanceId | None = None
+    pending_since: float = 0.0
+    late: bool = False  # its deadline is lost or its stream has begun: served all the same, never refused
+    latest_at: float = math.inf  # beyond this no idle instance would be in time
+    avoid: set[InstanceId] = field(default_factory=set)  # instances that broke it
+
+    @property
+    def id(self) -> RequestId:
+        return self.request.id
+
+    @property
+    def due_at(self) -> float:
+        """When the next token that has to be made is late; inf for best effort."""
+        return self.slo.due_at(self.request.arrived_at, self.made) if self.slo else math.inf
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens to compute before the next output token."""
+        return self.prompt_tokens + self.made
+
+
+class Books:
+    """What one instance holds and how fast it is believed to be."""
+
+    def __init__(self, instance: Instance, profile: Profile, settings: Settings, lengths: LengthModel):
+        limits = profile.limits
+        self.instance = instance
+        self.id = instance.id
+        self.profile = profile
+        self.packed = profile.packed
+        self.law: ChunkLaw = chunk_law(instance, profile, settings.chunk_bound, settings.chunk_floor_tokens)
+        self.kv_tokens = instance.kv_tokens or limits.kv_tokens
+        self.max_num_seqs = instance.max_num_seqs or limits.max_num_seqs
+        self.state = State.STARTING
+        self.tier: TierName | None = None
+        self.pace_s = math.inf
+        self.jobs: dict[RequestId, Job] = {}
+        self.correction = Correction()
+        self.since = 0.0  # when it last changed state or tier
+        self.empty_looks = 0
+        self.foreign = 0  # residents that others sent
+        self.reported_at = -math.inf
+        self._settings = settings
+        self._lengths = lengths
+        self._rows: Matrix = np.zeros((32, R_COLUMNS))
+        self._ids: list[RequestId] = []
+        self._index: dict[RequestId, int] = {}
+        self._ends_at = -1.0
+        self._rolled_at = 0.0
+        self._gauge: Matrix = np.zeros((kernels.G_ROWS, len(GRID)))
+        self._gauged_with: object = None
+        self._peak_s = 0.0
+        self._inst: Vector = np.zeros(I_COLUMNS)
+        self._inst[I_KIND], self._inst[I_TOKENS] = self.law.kind, self.law.tokens
+        self._inst[I_SPEND], self._inst[I_FLOOR] = float(self.law.spend_slack), self.law.floor
+        self._inst[I_KV], self._inst[I_SEQS] = self.kv_tokens, self.max_num_seqs
+        self._inst[I_BLOCK], self._inst[I_SIGMA] = limits.block_size, settings.memory_margin_sigma
+
+    def __repr__(self) -> str:
+        return f"<{self.id} {self.state} tier={self.tier} residents={len(self.jobs)} pace={self.pace_s:.4f}>"
+
+    # ------------------------------------------------------------------------------------------------- residents
+
+    def add(self, job: Job, now: float) -> None:
+        """Take a job in as a resident whose prompt is still to be computed."""
+        self.roll(now)
+        if not self._ids:
+            self._ends_at = -1.0
+        at = len(self._ids)
+        if at == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+        self._rows[at] = self.row(job, now)
+        self._ids.append(job.id)
+        self._index[job.id] = at
+        self.jobs[job.id] = job
+        self._touch()
+
+    def row(self, job: Job, now: float) -> Vector:
+        """The row a job would have if it joined now; a request for n choices is charged its prompt once."""
+        row = np.empty(R_COLUMNS)
+        request, slo = job.request, job.slo
+        row[R_PROMPT] = row[R_LEFT] = job.prefill_tokens
+        row[R_MADE] = 0.0
+        row[R_CAP] = math.inf if request.max_tokens is None else max(request.max_tokens - job.made, 1)
+        row[R_BAND] = job.length_row
+        row[R_DUE] = job.due_at
+        row[R_TPOT] = slo.tpot_s if slo else 0.0  # without a deadline due is inf, and stays it
+        row[R_KEY] = now if self.instance.order == "fcfs" else row[R_DUE]
+        return row
+
+    def remove(self, request: RequestId) -> Job | None:
+        """Forget a resident; None when it is not one."""
+        job = self.jobs.pop(request, None)
+        if job is None:
+            return None
+        at = self._index.pop(request)
+        last = len(self._ids) - 1
+        if at != last:
+            self._rows[at] = self._rows[last]
+            self._ids[at] = self._ids[last]
+            self._index[self._ids[at]] = at
+        self._ids.pop()
+        self._touch()
+        return job
+
+    def first_token(self, request: RequestId) -> None:
+        """A resident's prompt is computed and its first token seen."""
+        at = self._index.get(request)
+        if at is not None and self._rows[at, R_LEFT] > 0.0:
+            self._rows[at, R_LEFT] = 0.0
+            self._rows[at, R_MADE] = 1.0
+            self._touch()
+
+    def recompute(self, request: RequestId) -> None:
+        """A resident was preempted: its tokens so far become prompt to compute again."""
+        at = self._index.get(request)
+        if at is not None:
+            row = self._rows[at]
+            row[R_PROMPT] += row[R_MADE]
+            row[R_CAP] = max(row[R_CAP] - row[R_MADE], 1.0)
+            row[R_DUE] += row[R_MADE] * row[R_TPOT]
+            row[R_LEFT], row[R_MADE] = row[R_PROMPT], 0.0
+            self._touch()
+
+    def correct_prompt(self, request: RequestId, prompt_tokens: int) -> None:
+        """Replace an estimate of a prompt's tokens by a better one."""
+        at = self._index.get(request)
+        if at is not None:
+            job = self.jobs[request]
+            change = prompt_tokens - job.prompt_tokens
+            row = self._rows[at]
+            row[R_PROMPT] = max(row[R_PROMPT] + change, 1.0)
+            if row[R_LEFT] > 0.0:
+                row[R_LEFT] = min(max(row[R_LEFT] + change, 1.0), row[R_PROMPT])
+            self._touch()
+
+    def progressed(
+        self, tokens: dict[RequestId, int], prefilling: dict[RequestId, int], iteration: Iteration | None, now: float
+    ) -> None:
+        """Take in a report: counts are output tokens since the request arrived."""
+        rows, index, jobs = self._rows, self._index, self.jobs
+        for request, count in tokens.items():
+            at = index.get(request)
+            if at is not None:
+                row = rows[at]
+                job = jobs[request]
+                row[R_LEFT] = 0.0
+                row[R_MADE] = max(count - job.made, 1)
+                job.seen = count
+        for request, left in prefilling.items():
+            at = index.get(request)
+            if at is not None and rows[at, R_LEFT] > 0.0:
+                rows[at, R_LEFT] = min(max(left, 1), rows[at, R_PROMPT])
+        if iteration is not None:
+            self._observe(iteration)
+            self._ends_at = iteration.ended_at + self._step_s(iteration)
+            self._rolled_at = -math.inf
+        self._touch()
+        self.roll(now)
+
+    def _step_s(self, iteration: Iteration) -> float:
+        """How long the iteration after a reported one is believed to take: as long as the same kind took."""
+        rows = self._rows[: len(self._ids)]
+        queued = bool((rows[:, R_LEFT] > 0.0).any())
+        if iteration.prefill_tokens is not None and (iteration.prefill_tokens > 0) == queued:
+            return iteration.seconds
+        if queued and self.law.kind == kernels.DYNAMIC and len(rows) > 1:
+            return min(self.pace_s, 2.0 * iteration.seconds) if math.isfinite(self.pace_s) else iteration.seconds
+        return self.decode_s() * self.correction.ratio if not queued and len(rows) else iteration.seconds
+
+    def _observe(self, iteration: Iteration) -> None:
+        if not self._settings.correction:
+            return
+        prefill, decodes, kv = iteration.prefill_tokens, iteration.decodes, iteration.kv_tokens
+        rows = self._rows[: len(self._ids)]
+        if prefill is None and not (rows[:, R_LEFT] > 0.0).any():
+            prefill, decodes = 0, len(rows)
+            kv = int((rows[:, R_PROMPT] + rows[:, R_MADE]).sum())
+        # Prefill attention depends on where in its prompt a chunk lies, which no report tells: decodes alone teach.
+        if prefill == 0 and decodes and kv is not None:
+            self.correction.observe(iteration.seconds, self.profile.iteration_s(0, decodes, kv))
+
+    def _touch(self) -> None:
+        self._gauged_with = None
+
+    # ------------------------------------------------------------------------------------------------ what follows
+
+    def roll(self, now: float) -> None:
+        """Bring the rows to `now` by forecast."""
+        if now <= self._rolled_at:
+            return
+        self._rolled_at = now
+        count = len(self._ids)
+        if count == 0 or (self._ends_at > now and self._ends_at >= 0.0):
+            return
+        self._ends_at = kernels.roll(
+            self.packed, self.inst(now), self._rows, count, max(self._ends_at, -1.0), now
+        )
+        self._touch()
+
+    def inst(self, now: float) -> Vector:
+        """The instance as the kernels see it."""
+        inst = self._inst
+        inst[I_PACE] = self.pace_s
+        inst[I_SCALE] = self.scale
+        inst[I_FREE] = max(self._ends_at, now) if self._settings.wait_time and self._ids else now
+        return inst
+
+    @property
+    def scale(self) -> float:
+        """What believed iteration times are multiplied by: the correction and its safety margin."""
+        if not self._settings.correction:
+            return 1.0
+        # Deadlines sum many iterations, whose errors partly cancel: a tenth of the single spread remains at 100.
+        return self.correction.ratio * (1.0 + self._settings.safety_sigma * 0.1 * self.correction.spread)
+
+    @property
+    def rows(self) -> Matrix:
+        """The residents' rows, in no particular order."""
+        return self._rows[: len(self._ids)]
+
+    @property
+    def ids(self) -> list[RequestId]:
+        """The residents, in the order of `rows`."""
+        return self._ids
+
+    def gauge(self) -> Matrix:
+        """Expected batch and KV over `lengths.GRID` (rows `kernels.G_*`)."""
+        table = self._lengths.table
+        if self._gauged_with is not table:
+            kernels.gauge(self._rows, len(self._ids), table, EDGES, GRID, self._gauge)
+            self._peak_s = kernels.peak_s(self.packed, self._gauge, len(GRID), self.scale)
+            self._gauged_with = table
+        return self._gauge
+
+    @property
+    def peak_s(self) -> float:
+        """The longest pure-decode iteration that is coming."""
+        self.gauge()
+        return self._peak_s
+
+    @property
+    def load(self) -> float:
+        """Peak forecast iteration over pace; over the idle iteration where there is no pace."""
+        if not self._ids:
+            return 0.0
+        return self.peak_s / self.pace_s if math.isfinite(self.pace_s) else self.peak_s
+
+    def decode_s(self) -> float:
+        """Believed seconds of an iteration of today's decodes alone."""
+        rows = self.rows
+        decoding = rows[:, R_LEFT] <= 0.0
+        kv = float((rows[decoding, R_PROMPT] + rows[decoding, R_MADE]).sum())
+        return self.profile.iteration_s(0, int(decoding.sum()), kv)
+
+    def kv_now(self) -> float:
+        """KV tokens believed held, queued prompts counted whole."""
+        rows = self.rows
+        return float(rows[:, R_PROMPT].sum() + rows[:, R_MADE].sum())
+
+    def iteration_now_s(self) -> float:
+        """Believed seconds of the iteration that comes next, its prefill chunk included."""
+        rows = self.rows
+        queued = rows[:, R_LEFT] > 0.0
+        decodes = int((~queued).sum())
+        kv = float((rows[~queued, R_PROMPT] + rows[~queued, R_MADE]).sum())
+        chunk = min(float(rows[queued, R_LEFT].sum()), max(self.law.tokens - decodes, 0))
+        return self.profile.iteration_s(chunk, decodes, kv, 0.5 * chunk * chunk)
+
+
+class Fleet:
+    """All instances by id, in the order they joined."""
+
+    def __init__(self) -> None:
+        self.books: dict[InstanceId, Books] = {}
+
+    def __iter__(self) -> Iterator[Books]:
+        return iter(self.books.values())
+
+    def __len__(self) -> int:
+        return len(self.books)
+
+    def get(self, instance: InstanceId) -> Books | None:
+        return self.books.get(instance)
+
+    def ready(self) -> list[Books]:
+        """Instances that take requests."""
+        return [b for b in self.books.values() if b.state is State.READY]
+
+    def of_tier(self, tier: TierName | None) -> list[Books]:
+        """Ready instances that serve a tier; None: the pool."""
+        return [b for b in self.books.values() if b.state is State.READY and b.tier == tier]
+
+    def starting(self) -> list[Books]:
+        return [b for b in self.books.values() if b.state is State.STARTING]

@@ -1,0 +1,116 @@
+"""Requests that wait: one queue per tier in deadline order, and one for best effort in order of arrival."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Iterator
+
+from polyserve.core.fleet import Job
+from polyserve.core.types import RequestId, TierName
+
+
+class Queue:
+    """Jobs by the due time of their next token; ties by order of entry."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[float, int, RequestId]] = []
+        self._jobs: dict[RequestId, tuple[float, int]] = {}
+        self._by_id: dict[RequestId, Job] = {}
+        self._sequence = 0
+        self.prompt_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Job]:
+        return (self._by_id[request] for _, _, request in self._entries)
+
+    def push(self, job: Job) -> None:
+        self._sequence += 1
+        key = (job.due_at, self._sequence)
+        self._jobs[job.id] = key
+        self._by_id[job.id] = job
+        self.prompt_tokens += job.prefill_tokens
+        insort(self._entries, (*key, job.id))
+
+    def remove(self, job: Job) -> None:
+        due, sequence = self._jobs.pop(job.id)
+        del self._by_id[job.id]
+        self.prompt_tokens -= job.prefill_tokens
+        at = _index(self._entries, (due, sequence, job.id))
+        del self._entries[at]
+
+    def head(self, count: int) -> list[Job]:
+        """The first `count` jobs."""
+        return [self._by_id[request] for _, _, request in self._entries[:count]]
+
+    def ahead_tokens(self, due_at: float) -> tuple[int, int]:
+        """Jobs, and their prompt tokens, that are due before `due_at`."""
+        count = _index(self._entries, (due_at, -1, ""))
+        return count, sum(self._by_id[r].prefill_tokens for _, _, r in self._entries[:count])
+
+
+def _index(entries: list[tuple[float, int, RequestId]], entry: tuple[float, int, RequestId]) -> int:
+    low, high = 0, len(entries)
+    while low < high:
+        middle = (low + high) // 2
+        if entries[middle] < entry:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+class Pending:
+    """Every waiting job, by tier, and when each is beyond hope."""
+
+    def __init__(self, tiers: list[TierName]) -> None:
+        self.queues: dict[TierName, Queue] = {name: Queue() for name in tiers}
+        self.best_effort: dict[RequestId, Job] = {}
+        self._beyond: list[tuple[float, RequestId]] = []
+        self._jobs: dict[RequestId, Job] = {}
+
+    def __contains__(self, request: RequestId) -> bool:
+        return request in self._jobs
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def push(self, job: Job, now: float) -> None:
+        job.pending_since = now
+        self._jobs[job.id] = job
+        if job.tier is None:
+            self.best_effort[job.id] = job
+            return
+        self.queues[job.tier].push(job)
+        if not job.late:
+            heapq.heappush(self._beyond, (job.latest_at, job.id))
+
+    def remove(self, request: RequestId) -> Job:
+        job = self._jobs.pop(request)
+        if job.tier is None:
+            del self.best_effort[request]
+        else:
+            self.queues[job.tier].remove(job)
+        return job
+
+    def get(self, request: RequestId) -> Job | None:
+        return self._jobs.get(request)
+
+    def beyond_hope(self, now: float) -> list[Job]:
+        """Jobs whose `latest_at` has passed since the last call."""
+        jobs = []
+        while self._beyond and self._beyond[0][0] <= now:
+            _, request = heapq.heappop(self._beyond)
+            job = self._jobs.get(request)
+            if job is not None and job.tier is not None and job.latest_at <= now:
+                jobs.append(job)
+        return jobs
+
+    @property
+    def next_beyond_at(self) -> float | None:
+        """When the next waiting job is beyond hope, if any."""
+        while self._beyond and self._beyond[0][1] not in self._jobs:
+            heapq.heappop(self._beyond)
+        return self._beyond[0][0] if self._beyond else None

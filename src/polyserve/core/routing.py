@@ -1,0 +1,339 @@
+"""Who serves a request: PolyServe's ladder over tiers, and the baselines to compare with.
+
+The ladder, for one request: (1) its own tier, most loaded first where instances can be given back (`fill`) or least
+loaded first on a fixed fleet (`spread`), the first that admits; (2) tighter tiers, whose instances it joins as a
+guest under a reserve (lazy promotion); (3) an instance from the pool; (4) with `tight_on_loose`, a looser tier's
+instance, which takes over the tighter pace; (5) a place that best-effort residents must leave; (6) wait. When room
+appears on an instance, waiting requests are tried there: the instance's own tier first, then those who may be guests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import Protocol
+
+from polyserve.core.fleet import Books, Fleet, Job
+from polyserve.core.forecast import DEADLINE_CAUSES, Forecast, Forecaster
+from polyserve.core.pending import Pending, Queue
+from polyserve.core.scaling import Demand
+from polyserve.core.settings import Settings
+from polyserve.core.types import InstanceId, RequestId, Tier, TierName
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """An answer of a router: the instance, why, and what has to happen to it first."""
+
+    job: Job
+    books: Books
+    forecast: Forecast | None = None
+    takes: bool = False  # the instance changes to the job's tier
+    evicts: tuple[RequestId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why one instance was not chosen."""
+
+    instance: InstanceId
+    tier: TierName | None
+    load: float
+    forecast: Forecast
+
+
+class Router(Protocol):
+    """Where a request goes, and what may go to an instance that has room again."""
+
+    considered: list[Refusal]  # of the last `place`
+
+    def place(self, now: float, job: Job) -> Placement | None:
+        """The place of one job now; None: it waits."""
+        ...
+
+    def refill(self, now: float, books: Books, pending: Pending) -> Iterator[Placement]:
+        """Waiting jobs that fit an instance; the caller carries out each before asking for the next."""
+        ...
+
+
+class Ladder:
+    """PolyServe's tiers: load gradient, lazy promotion, pool."""
+
+    def __init__(
+        self, settings: Settings, tiers: list[Tier], fleet: Fleet, forecaster: Forecaster, demand: Demand
+    ):
+        self._settings = settings
+        self._tiers = tiers  # tightest first
+        self._rank = {tier.name: i for i, tier in enumerate(tiers)}
+        self._fleet = fleet
+        self._forecaster = forecaster
+        self._demand = demand
+        self.considered: list[Refusal] = []
+        fixed = settings.max_instances == 0
+        self._spread = settings.placement == "spread" or (
+            settings.placement == "auto" and fixed and settings.sizing == "demand"
+        )
+
+    # --------------------------------------------------------------------------------------------- one request
+
+    def place(self, now: float, job: Job) -> Placement | None:
+        self.considered = []
+        if job.tier is None:
+            return self._place_best_effort(now, job)
+        tier = self._tiers[self._rank[job.tier]]
+        own = self._own(job, tier)
+        guests = self._hosts(tier)
+        order = (guests, own) if self._settings.promotion == "eager" else (own, guests)
+        for candidates in order:
+            for books in candidates:
+                if placement := self._try(now, job, tier, books):
+                    return placement
+        return self._take(now, job, tier) or self._slow_down(now, job, tier) or self._evict(now, job, tier)
+
+    def _own(self, job: Job, tier: Tier) -> Iterable[Books]:
+        return self._by_load(b for b in self._fleet.of_tier(tier.name) if b.id not in job.avoid)
+
+    def _hosts(self, tier: Tier) -> Iterator[Books]:
+        """Instances of tighter tiers, where a request of `tier` would be a guest."""
+        if self._settings.promotion == "off":
+            return
+        tighter = self._tiers[: self._rank[tier.name]]
+        if self._settings.promotion_order == "nearest":
+            tighter = tighter[::-1]
+        for host in tighter:
+            yield from self._by_load(self._fleet.of_tier(host.name))
+
+    def _by_load(self, instances: Iterable[Books]) -> list[Books]:
+        sign = 1.0 if self._spread else -1.0
+        return sorted(instances, key=lambda b: (sign * b.load, b.id))
+
+    def _try(self, now: float, job: Job, tier: Tier, books: Books) -> Placement | None:
+        if books.id in job.avoid:
+            return None
+        forecast = self._forecast(now, job, tier, books)
+        if forecast.lacks is None:
+            return Placement(job, books, forecast)
+        self.considered.append(Refusal(books.id, books.tier, books.load, forecast))
+        return None
+
+    def _forecast(self, now: float, job: Job, tier: Tier, books: Books) -> Forecast:
+        guest = books.tier is not None and self._rank[books.tier] < self._rank[tier.name]
+        return self._forecaster.of(
+            job,
+            books,
+            now,
+            pace_s=min(books.pace_s, tier.tpot_s),
+            reserve=self._settings.guest_reserve if guest else 0.0,
+            waive=self._waived(now, job),
+            whole=self._settings.explain,
+        )
+
+    def _waived(self, now: float, job: Job) -> bool:
+        return job.late or now > job.due_at
+
+    def holds(self, books: Books, tier: Tier) -> bool:
+        """Whether an instance can keep a tier's pace at all."""
+        return books.profile.iteration_s(0, 1, 1) * books.scale <= tier.tpot_s
+
+    def _take(self, now: float, job: Job, tier: Tier) -> Placement | None:
+        """An instance from the pool; failing that, for a tier without any, one from the tier with most to spare."""
+        for books in sorted(self._fleet.of_tier(None), key=lambda b: (len(b.jobs), b.id)):
+            if books.id in job.avoid or not self.holds(books, tier):
+                continue
+            forecast = self._at_pace(now, job, tier, books)
+            if forecast.lacks is None or books.jobs:
+                return self._cleared(now, job, tier, books, takes=True)
+            return Placement(job, books, forecast, takes=True)  # empty and as good as it gets
+        if self._fleet.of_tier(tier.name):
+            return None
+        spare = [b for b in self._fleet.ready() if b.tier is not None and self.holds(b, tier)]
+        rich = [b for b in spare if len(self._fleet.of_tier(b.tier)) > 1 and b.id not in job.avoid]
+        if not rich:
+            return None
+        books = min(rich, key=lambda b: (b.load, b.id))
+        forecast = self._at_pace(now, job, tier, books)
+        return Placement(job, books, forecast, takes=True) if forecast.lacks is None else None
+
+    def _at_pace(
+        self, now: float, job: Job, tier: Tier, books: Books, without_best_effort: bool = False
+    ) -> Forecast:
+        """The forecast as if the instance ran at the tier's own pace."""
+        tightest = min((j.slo.tpot_s for j in books.jobs.values() if j.slo), default=tier.tpot_s)
+        return self._forecaster.of(
+            job,
+            books,
+            now,
+            pace_s=min(tier.tpot_s, tightest) if tightest < tier.tpot_s else tier.tpot_s,
+            waive=self._waived(now, job),
+            without_best_effort=without_best_effort,
+        )
+
+    def _slow_down(self, now: float, job: Job, tier: Tier) -> Placement | None:
+        """Tight on loose: a looser tier's instance that can take over the tighter pace."""
+        if not self._settings.tight_on_loose:
+            return None
+        for host in self._tiers[self._rank[tier.name] + 1 :]:
+            for books in self._by_load(self._fleet.of_tier(host.name)):
+                if placement := self._try(now, job, tier, books):
+                    return placement
+        return None
+
+    # ---------------------------------------------------------------------------------------------- best effort
+
+    def _place_best_effort(self, now: float, job: Job) -> Placement | None:
+        """Pool instances first, then leftover capacity; never the last of an instance's KV or pace."""
+        pool = sorted(self._fleet.of_tier(None), key=lambda b: (b.load, b.id))
+        rest = sorted((b for b in self._fleet.ready() if b.tier is not None), key=lambda b: (b.load, b.id))
+        for books in (*pool, *rest):
+            if books.id not in job.avoid and (placement := self._try_best_effort(now, job, books)):
+                return placement
+        return None
+
+    def _try_best_effort(self, now: float, job: Job, books: Books) -> Placement | None:
+        loosest = self._tiers[-1].tpot_s
+        headroom = self._settings.best_effort_headroom
+        forecast = self._forecaster.of(
+            job, books, now, pace_s=min(books.pace_s, loosest), reserve=headroom, waive=True
+        )
+        return Placement(job, books, forecast) if forecast.lacks is None else None
+
+    def _evict(self, now: float, job: Job, tier: Tier) -> Placement | None:
+        """A place on the own tier's instances, once best-effort residents have left it."""
+        for books in self._by_load(self._fleet.of_tier(tier.name)):
+            if books.id in job.avoid or all(j.slo for j in books.jobs.values()):
+                continue
+            if placement := self._cleared(now, job, tier, books, takes=False):
+                return placement
+        return None
+
+    def _cleared(self, now: float, job: Job, tier: Tier, books: Books, *, takes: bool) -> Placement | None:
+        """The instance with as it is, or without its best-effort residents, or not at all."""
+        forecast = self._at_pace(now, job, tier, books)
+        if forecast.lacks is None:
+            return Placement(job, books, forecast, takes)
+        free = tuple(j.id for j in books.jobs.values() if j.slo is None)
+        forecast = self._at_pace(now, job, tier, books, without_best_effort=True)
+        return Placement(job, books, forecast, takes, free) if free and forecast.lacks is None else None
+
+    # ------------------------------------------------------------------------------------------------ room again
+
+    def refill(self, now: float, books: Books, pending: Pending) -> Iterator[Placement]:
+        for tier in self._may_come(books, pending):
+            yield from self._from_queue(now, books, tier, pending.queues[tier.name])
+        for job in list(pending.best_effort.values())[: 1 + self._settings.head_walk]:
+            placement = self._try_best_effort(now, job, books) if books.id not in job.avoid else None
+            if placement is None:
+                return
+            yield placement
+
+    def _may_come(self, books: Books, pending: Pending) -> list[Tier]:
+        """Tiers whose waiting requests may join an instance: its own, then guests, then (optional) tighter ones."""
+        waiting = [t for t in self._tiers if len(pending.queues[t.name])]
+        if books.tier is None:
+            able = [t for t in waiting if self.holds(books, t)]
+            return sorted(able, key=lambda t: self._demand.admitted_share(t.name))[:1]
+        at = self._rank[books.tier]
+        own = [t for t in waiting if t.name == books.tier]
+        guests = [t for t in waiting if self._rank[t.name] > at] if self._settings.promotion != "off" else []
+        if self._settings.shortage == "demand":
+            guests.sort(key=lambda t: self._demand.admitted_share(t.name))
+        elif self._settings.shortage == "weight":
+            guests.sort(key=lambda t: self._demand.admitted_share(t.name) / max(t.weight, 1e-9))
+        tighter = [t for t in waiting if self._rank[t.name] < at] if self._settings.tight_on_loose else []
+        return [*own, *guests, *tighter]
+
+    def _from_queue(self, now: float, books: Books, tier: Tier, queue: Queue) -> Iterator[Placement]:
+        """Jobs of one queue that fit: past a head that its own deadline refuses, not past one the instance refuses."""
+        refused = 0
+        for job in queue.head(64):
+            if books.id in job.avoid:
+                continue
+            takes = books.tier is None
+            forecast = self._at_pace(now, job, tier, books) if takes else self._forecast(now, job, tier, books)
+            if forecast.lacks is None:
+                yield Placement(job, books, forecast, takes)
+                continue
+            refused += 1
+            if forecast.lacks not in DEADLINE_CAUSES or refused > self._settings.head_walk:
+                return
+
+
+# --------------------------------------------------------------------------------------------------- baselines
+
+
+class _OnePool:
+    """The whole fleet as one pool: every request goes somewhere at once."""
+
+    def __init__(self, fleet: Fleet, random: Random) -> None:
+        self._fleet = fleet
+        self._random = random
+        self.considered: list[Refusal] = []
+
+    def place(self, now: float, job: Job) -> Placement | None:
+        ready = [b for b in self._fleet.ready() if b.id not in job.avoid]
+        return Placement(job, self.choose(now, ready)) if ready else None
+
+    def choose(self, now: float, ready: list[Books]) -> Books:
+        raise NotImplementedError
+
+    def refill(self, now: float, books: Books, pending: Pending) -> Iterator[Placement]:
+        waiting = [*(job for queue in pending.queues.values() for job in queue), *pending.best_effort.values()]
+        for job in waiting:
+            if placement := self.place(now, job):
+                yield placement
+
+
+class RandomChoice(_OnePool):
+    """Any instance, evenly: the paper's Random."""
+
+    def choose(self, now: float, ready: list[Books]) -> Books:
+        return ready[self._random.randrange(len(ready))]
+
+
+class RoundRobin(_OnePool):
+    """One after the other: what a plain load balancer does."""
+
+    _next = 0
+
+    def choose(self, now: float, ready: list[Books]) -> Books:
+        self._next += 1
+        return ready[(self._next - 1) % len(ready)]
+
+
+class LeastRequests(_OnePool):
+    """The instance with the fewest residents: the usual default of LLM gateways."""
+
+    def choose(self, now: float, ready: list[Books]) -> Books:
+        return min(ready, key=lambda b: (len(b.jobs) + b.foreign, b.id))
+
+
+class Minimal(_OnePool):
+    """The instance whose next iteration is the shortest: the paper's Minimal."""
+
+    def choose(self, now: float, ready: list[Books]) -> Books:
+        for books in ready:
+            books.roll(now)
+        return min(ready, key=lambda b: (b.iteration_now_s(), len(b.jobs), b.id))
+
+
+BASELINES: dict[str, type[_OnePool]] = {
+    "random": RandomChoice,
+    "round-robin": RoundRobin,
+    "least-requests": LeastRequests,
+    "minimal": Minimal,
+}
+
+
+def router(
+    settings: Settings,
+    tiers: list[Tier],
+    fleet: Fleet,
+    forecaster: Forecaster,
+    demand: Demand,
+    random: Random,
+) -> Router:
+    """The router that the settings name."""
+    if settings.router == "tiers":
+        return Ladder(settings, tiers, fleet, forecaster, demand)
+    return BASELINES[settings.router](fleet, random)

@@ -1,0 +1,316 @@
+"""How many instances each tier should have, out of one budget.
+
+What a tier needs is its arrival rate over the rate that one instance serves at best at the tier's pace
+(`bound.instance_rate`), both learned: arrivals and prompts decayed over `MEMORY_S`, outputs from the length model. Sizes
+are cumulative ceilings from the tightest tier, so that tight tiers are rounded up and loose ones down: a loose request
+may be a guest on a tight instance, not the reverse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from polyserve.core.bound import instance_rate
+from polyserve.core.fleet import Books, Fleet
+from polyserve.core.profile import Profile
+from polyserve.core.settings import Settings
+from polyserve.core.types import Tier, TierName
+
+# Long enough that Poisson noise of a slow tier does not move instances, short enough to follow a change of mix.
+MEMORY_S = 30.0
+# A sized boundary stays while it is this near to the exact one: moving an instance costs it a drain.
+HYSTERESIS = 0.2
+# Share of the fluid optimum that a fleet can be planned for: the rest is burst and fragmentation.
+PLANNED_LOAD = 0.85
+
+
+@dataclass(slots=True)
+class _Seen:
+    arrivals: float = 0.0
+    prompt: float = 0.0
+    prompt_square: float = 0.0
+    ended: float = 0.0
+    output: float = 0.0
+    context: float = 0.0  # sum of output * mean context while it was made
+    admitted: float = 0.0
+
+    def fade(self, factor: float) -> None:
+        self.arrivals *= factor
+        self.prompt *= factor
+        self.prompt_square *= factor
+        self.ended *= factor
+        self.output *= factor
+        self.context *= factor
+        self.admitted *= factor
+
+
+class Demand:
+    """What arrives, per tier, decayed."""
+
+    def __init__(self, tiers: Sequence[Tier], prior_output: int) -> None:
+        self._tiers = list(tiers)
+        self._seen = {tier.name: _Seen() for tier in tiers}
+        self._prior_output = float(prior_output)
+        self._since: float | None = None
+        self._faded_at = 0.0
+
+    def arrived(self, now: float, tier: TierName, prompt_tokens: int) -> None:
+        if self._since is None:
+            self._since = self._faded_at = now
+        seen = self._seen[tier]
+        seen.arrivals += 1.0
+        seen.prompt += prompt_tokens
+        seen.prompt_square += prompt_tokens * prompt_tokens
+
+    def admitted(self, tier: TierName) -> None:
+        self._seen[tier].admitted += 1.0
+
+    def ended(self, tier: TierName, prompt_tokens: int, output_tokens: int) -> None:
+        seen = self._seen[tier]
+        seen.ended += 1.0
+        seen.output += output_tokens
+        seen.context += output_tokens * (prompt_tokens + 0.5 * (output_tokens + 1))
+
+    def fade(self, now: float) -> None:
+        """Let the past count less; call it regularly."""
+        factor = math.exp(-(now - self._faded_at) / MEMORY_S)
+        self._faded_at = now
+        for seen in self._seen.values():
+            seen.fade(factor)
+
+    def rate(self, now: float, tier: TierName) -> float:
+        """Arrivals per second."""
+        if self._since is None:
+            return 0.0
+        horizon = MEMORY_S * (1.0 - math.exp(-(now - self._since) / MEMORY_S))
+        return self._seen[tier].arrivals / max(horizon, 1.0)
+
+    def admitted_share(self, tier: TierName) -> float:
+        """Admitted over arrived, for the rule under shortage."""
+        seen = self._seen[tier]
+        return seen.admitted / seen.arrivals if seen.arrivals > 0.0 else 1.0
+
+    def need(self, now: float, tier: Tier, profile: Profile) -> float:
+        """Instances that a tier's arrivals occupy at the fluid optimum; 0 without arrivals."""
+        seen = self._seen[tier.name]
+        rate = self.rate(now, tier.name)
+        if rate <= 0.0 or seen.arrivals <= 0.0:
+            return 0.0
+        return rate * self.seconds_per_request(tier, profile)
+
+    def seconds_per_request(self, tier: Tier, profile: Profile) -> float:
+        """Instance-seconds that one request of the tier costs at the fluid optimum."""
+        seen = self._seen[tier.name]
+        if seen.arrivals <= 0.0:
+            return 0.0
+        prompt = seen.prompt / seen.arrivals
+        weight = 8.0  # requests' worth of the prior output length
+        output = (seen.output + weight * self._prior_output) / (seen.ended + weight)
+        prior_context = weight * self._prior_output * (prompt + 0.5 * self._prior_output)
+        context = (seen.context + prior_context) / (seen.output + weight * self._prior_output)
+        attention = 0.5 * seen.prompt_square / seen.arrivals
+        served = instance_rate(profile, prompt, output, context, attention, tier.tpot_s)
+        return 1.0 / served if served > 0.0 else 0.0
+
+
+def shares(
+    needs: Sequence[float],
+    tiers: Sequence[Tier],
+    costs: Sequence[float],
+    total: float,
+    rule: Literal["demand", "weight", "cost"],
+) -> list[float]:
+    """Split `total` instances among tiers (tightest first) by what they need and, when short, by the rule.
+
+    demand: everybody gets the same part of its need; weight: parts in proportion to tier weights; cost: the tiers
+    whose requests cost least (`costs`, instance-seconds per request) are filled first.
+    """
+    whole = sum(needs)
+    if whole <= 0.0:
+        return [0.0] * len(needs)
+    if total >= whole or rule == "demand":
+        return [need * total / whole for need in needs]
+    if rule == "cost":
+        given = [0.0] * len(needs)
+        left = total
+        for i in sorted(range(len(needs)), key=lambda i: (costs[i], i)):
+            given[i] = min(needs[i], left)
+            left -= given[i]
+        return given
+    return _filled(needs, [tier.weight for tier in tiers], total)
+
+
+def _filled(needs: Sequence[float], weights: Sequence[float], total: float) -> list[float]:
+    """Water filling: in proportion to need times weight, nobody above its need."""
+    given = [0.0] * len(needs)
+    open_ = [i for i in range(len(needs)) if needs[i] > 0.0 and weights[i] > 0.0]
+    left = total
+    while open_ and left > 1e-9:
+        sum_ = sum(needs[i] * weights[i] for i in open_)
+        level = left / sum_
+        full = [i for i in open_ if given[i] + level * needs[i] * weights[i] >= needs[i]]
+        if not full:
+            for i in open_:
+                given[i] += level * needs[i] * weights[i]
+            return given
+        for i in full:
+            left -= needs[i] - given[i]
+            given[i] = needs[i]
+            open_.remove(i)
+    return given
+
+
+def sizes(exact: Sequence[float], total: int, now: Sequence[int], floors: Sequence[int]) -> list[int]:
+    """Whole instances per tier, tightest first: cumulative ceilings, with hysteresis towards the sizes of `now`.
+
+    Never more than `total` together; `floors` are minimum counts, served tightest first.
+    """
+    boundary, held, result = 0.0, 0, []
+    for i, part in enumerate(exact):
+        before = sum(result)
+        boundary += part
+        held += now[i]
+        ideal = math.ceil(boundary - 1e-9)
+        keep = boundary - HYSTERESIS <= held <= boundary + 1.0 + HYSTERESIS
+        up_to = min(held if keep else ideal, total)
+        result.append(max(up_to - before, floors[i], 0))
+    for i in range(len(result) - 1, -1, -1):
+        excess = sum(result) - total
+        if excess > 0:
+            result[i] -= min(excess, result[i])
+    return result
+
+
+@dataclass(slots=True)
+class Plan:
+    """What one look at the fleet asks for."""
+
+    assign: list[tuple[Books, TierName | None]]
+    start: int
+    stop: list[Books]
+
+
+class Scaler:
+    """Looks at the fleet now and then, and says which instances change tier, start or stop."""
+
+    def __init__(self, settings: Settings, tiers: Sequence[Tier], fleet: Fleet, demand: Demand) -> None:
+        self._settings = settings
+        self._tiers = list(tiers)
+        self._fleet = fleet
+        self._demand = demand
+        self.wanted: dict[TierName, int] = {tier.name: tier.min_instances for tier in tiers}
+
+    @property
+    def elastic(self) -> bool:
+        """Whether instances may be started and stopped at all."""
+        return self._settings.max_instances > 0
+
+    def look(self, now: float, waiting: Sequence[TierName], starting: int) -> Plan:
+        """One look: `waiting` tiers have pending requests, `starting` instances are on their way."""
+        plan = Plan([], 0, [])
+        ready = self._fleet.ready()
+        self._demand.fade(now)
+        if self._settings.sizing == "demand" and ready:
+            self._size(now, ready, plan)
+        self._release_tails(plan)
+        if self.elastic:
+            self._grow(ready, waiting, starting, plan)
+            self._shrink(now, ready, waiting, starting, plan)
+        return plan
+
+    # --------------------------------------------------------------------------------------------- tier sizes
+
+    def _size(self, now: float, ready: list[Books], plan: Plan) -> None:
+        profile = ready[0].profile
+        needs = [self._demand.need(now, tier, profile) for tier in self._tiers]
+        if sum(needs) <= 0.0:
+            return
+        costs = [self._demand.seconds_per_request(tier, profile) for tier in self._tiers]
+        have = [len(self._fleet.of_tier(tier.name)) for tier in self._tiers]
+        floors = [tier.min_instances for tier in self._tiers]
+        budget = self._settings.max_instances if self.elastic else len(ready)
+        planned = [need / PLANNED_LOAD for need in needs]
+        tight = not self.elastic or sum(planned) >= budget
+        total = float(budget) if tight else sum(planned)
+        exact = shares(planned, self._tiers, costs, total, self._settings.shortage)
+        wanted = sizes(exact, budget, have, floors)
+        self.wanted = {tier.name: size for tier, size in zip(self._tiers, wanted, strict=True)}
+        if self._settings.relabel or not self.elastic:
+            self._move(wanted, have, relabel=self._settings.relabel and tight, plan=plan)
+
+    def _move(self, wanted: list[int], have: list[int], *, relabel: bool, plan: Plan) -> None:
+        """Bring tiers to their sizes: from the pool, then from the least loaded of tiers that have too many."""
+        pool = sorted(self._fleet.of_tier(None), key=lambda b: (len(b.jobs), b.id))
+        for i, tier in enumerate(self._tiers):
+            while have[i] < wanted[i]:
+                if pool:
+                    books = pool.pop(0)
+                else:
+                    donor = self._donor(wanted, have, plan) if relabel else None
+                    if donor is None:
+                        break
+                    at, books = donor
+                    have[at] -= 1
+                plan.assign.append((books, tier.name))
+                have[i] += 1
+
+    def _donor(self, wanted: list[int], have: list[int], plan: Plan) -> tuple[int, Books] | None:
+        moved = {books.id for books, _ in plan.assign}
+        surplus = max(range(len(have)), key=lambda i: (have[i] - wanted[i], -i))
+        if have[surplus] <= wanted[surplus]:
+            return None
+        able = [b for b in self._fleet.of_tier(self._tiers[surplus].name) if b.id not in moved]
+        return (surplus, min(able, key=lambda b: (b.load, b.id))) if able else None
+
+    # ------------------------------------------------------------------------------------------------- the tail
+
+    def _release_tails(self, plan: Plan) -> None:
+        """Give the pool what a tier's gradient has left empty at two looks."""
+        if not self.elastic and self._settings.sizing == "demand":
+            return
+        moved = {books.id for books, _ in plan.assign}
+        for tier in self._tiers:
+            mine = self._fleet.of_tier(tier.name)
+            keep = max(tier.min_instances, self.wanted[tier.name] if self._settings.predictive else 0)
+            for books in sorted(mine, key=lambda b: (b.load, b.id)):
+                if any(job.slo for job in books.jobs.values()):
+                    books.empty_looks = 0
+                    continue
+                books.empty_looks += 1
+                if books.empty_looks >= 2 and len(mine) > keep and books.id not in moved:
+                    plan.assign.append((books, None))
+                    mine.remove(books)
+
+    # ------------------------------------------------------------------------------------------------ the budget
+
+    def _grow(self, ready: list[Books], waiting: Sequence[TierName], starting: int, plan: Plan) -> None:
+        settings = self._settings
+        have = len(ready) + starting
+        wanted = max(settings.min_instances, sum(t.min_instances for t in self._tiers))
+        if settings.predictive and settings.sizing == "demand":
+            wanted = max(wanted, sum(self.wanted.values()))
+        pool = len(self._fleet.of_tier(None))
+        if waiting and pool == 0:
+            wanted = max(wanted, len(ready) + len(waiting))  # one each, those already starting counted
+        room = min(settings.max_instances - have, settings.start_step - starting)
+        plan.start = max(0, min(wanted - have, room))
+
+    def _shrink(
+        self, now: float, ready: list[Books], waiting: Sequence[TierName], starting: int, plan: Plan
+    ) -> None:
+        settings = self._settings
+        if waiting or starting:
+            return
+        wanted = max(settings.min_instances, sum(t.min_instances for t in self._tiers))
+        if settings.predictive and settings.sizing == "demand":
+            wanted = max(wanted, sum(self.wanted.values()))
+        taken = {books.id for books, _ in plan.assign}
+        left = len(ready)
+        for books in self._fleet.of_tier(None):
+            idle = not books.jobs and now - books.since >= settings.keep_warm_s
+            if idle and left > wanted and books.id not in taken:
+                plan.stop.append(books)
+                left -= 1
