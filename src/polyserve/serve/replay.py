@@ -1,0 +1,303 @@
+"""Replays requests against any OpenAI-compatible endpoint and keeps what the client saw of each.
+
+Open loop: every request leaves at its own time, however the endpoint fares, and asks for its pace in the
+`x-slo-*` headers. For the score a request arrives when it was really sent; token i is late after
+`sent + ttft + i * tpot`, and comes when the server-sent event that carries it comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import aiohttp
+import msgspec
+import numpy as np
+
+from polyserve.core.types import RefuseCode, Request
+from polyserve.demand import Workload
+from polyserve.report import Outcome, Percentiles
+from polyserve.serve.token_times import TokenStream, json_object
+from polyserve.traces import Trace
+
+# Prompts are lists of token ids, so that they have exactly the wanted length. These ids exist in every
+# vocabulary in use, none of them is special, and each costs the body four bytes.
+LEAST_ID, MOST_ID = 100, 999
+# Words that common tokenizers keep whole with their space, so that a chat is about as long as wanted.
+WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "was", "on", "are", "as", "with", "his")
+# A client that is later than this one time in a hundred is no measure of others.
+LAG_THAT_MATTERS_S = 0.02
+LAG_LOOK_S = 0.02
+# uvicorn (vLLM's server and ours) closes an idle connection after 5 s: the client lets go first.
+KEEP_ALIVE_S = 3.0
+
+
+class ReplayError(ValueError):
+    """An endpoint that cannot be replayed against; the message says what would do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where requests go and how they are put."""
+
+    url: str  # with or without /v1
+    model: str
+    api: Literal["completions", "chat"] = "completions"
+    # How the endpoint learns the output length. `exact`: `max_tokens` with `ignore_eos`. `none`: in a field
+    # that only an emulated engine reads, so that nobody in between knows it in advance.
+    max_tokens: Literal["exact", "none"] = "exact"
+    api_key: str | None = None
+    patience_s: float = 120.0  # after the last request was sent; streams open then are unfinished
+
+    @property
+    def path(self) -> str:
+        base = self.url.rstrip("/").removesuffix("/v1")
+        return f"{base}/v1/{'chat/completions' if self.api == 'chat' else 'completions'}"
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLag:
+    """How well the client itself kept time, in seconds."""
+
+    sent: Percentiles  # a request's sending after its planned time
+    loop: Percentiles  # how long an arrived event may have waited to be seen
+
+    @property
+    def kept_up(self) -> bool:
+        return max(self.sent.p99 or 0.0, self.loop.p99 or 0.0) <= LAG_THAT_MATTERS_S
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What the client saw; times of outcomes in seconds from the start of the replay."""
+
+    outcomes: list[Outcome]
+    started_at: float  # Unix time
+    wall_s: float
+    lag: ClientLag
+
+
+# ----------------------------------------------------------------------------------------------- what is sent
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Prompts of exact length: equal prefix blocks of the trace are equal tokens, nothing else is shared."""
+
+    trace: Trace
+    workload: Workload
+    seed: int = 0
+
+    def ids(self, index: int) -> list[int]:
+        """Token ids of the prompt of request `index`."""
+        wanted = self.workload.requests[index].prompt_tokens
+        blocks = self.trace.blocks[int(self.workload.rows[index])] if self.trace.blocks else ()
+        shared = [self._drawn(0, block, self.trace.block_tokens) for block in blocks]
+        ids = [i for part in shared for i in part][:wanted]
+        return ids + self._drawn(1, index, wanted - len(ids))
+
+    def _drawn(self, kind: int, which: int, count: int) -> list[int]:
+        drawn = np.random.default_rng([self.seed, kind, which]).integers(LEAST_ID, MOST_ID + 1, count)
+        ids: list[int] = drawn.tolist()
+        return ids
+
+
+def body(endpoint: Endpoint, request: Request, output_tokens: int, prompt_ids: list[int]) -> bytes:
+    """The request's JSON."""
+    fields: dict[str, Any] = {"model": endpoint.model}
+    if endpoint.api == "chat":
+        text = " ".join(WORDS[i % len(WORDS)] for i in prompt_ids)
+        fields["messages"] = [{"role": "user", "content": text}]
+    else:
+        fields["prompt"] = prompt_ids
+    fields |= {"stream": True, "stream_options": {"include_usage": True}}
+    if endpoint.max_tokens == "exact":
+        fields |= {"max_tokens": output_tokens, "ignore_eos": True}
+    else:
+        fields["vllm_xargs"] = {"output_tokens": output_tokens}
+    return msgspec.json.encode(fields)
+
+
+def headers(endpoint: Endpoint, request: Request) -> dict[str, str]:
+    """The request's pace, in decimal milliseconds, and its name."""
+    named = {"content-type": "application/json", "x-request-id": request.id}
+    if endpoint.api_key:
+        named["authorization"] = f"Bearer {endpoint.api_key}"
+    if request.slo is not None:
+        named["x-slo-ttft-ms"] = f"{request.slo.ttft_s * 1e3:g}"
+        named["x-slo-tpot-ms"] = f"{request.slo.tpot_s * 1e3:g}"
+    return named
+
+
+# ------------------------------------------------------------------------------------------------- the replay
+
+
+async def replay(
+    workload: Workload,
+    prompts: Prompts,
+    endpoint: Endpoint,
+    on_change: Callable[[Outcome], None] = lambda outcome: None,
+) -> Replayed:
+    """Send every request at its time and watch its tokens; `on_change` hears of each when sent and when over.
+
+    Raises `ReplayError` when nothing listens there before the first request.
+    """
+    await reachable(endpoint)
+    loop = asyncio.get_running_loop()
+    run = _Run(endpoint, prompts, on_change, loop.time())
+    unix = time.time()
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+    timeout = aiohttp.ClientTimeout(total=None, connect=30.0)
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=timeout, auto_decompress=False, read_bufsize=2**16
+    ) as session:
+        looker = asyncio.create_task(run.watch_loop())
+        try:
+            await run.send_all(session, workload)
+        finally:
+            looker.cancel()
+    sent = Percentiles.of(run.send_lag_s)
+    lag = ClientLag(sent, Percentiles.of(run.loop_lag_s))
+    return Replayed(run.outcomes, unix, loop.time() - run.start, lag)
+
+
+async def reachable(endpoint: Endpoint) -> list[str]:
+    """The models that the endpoint serves; raises `ReplayError` when it answers nothing or serves another."""
+    base = endpoint.path.split("/v1/", 1)[0]
+    auth = {"authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10.0)) as session,
+            session.get(f"{base}/v1/models", headers=auth) as response,
+        ):
+            answer = json_object(await response.read())
+            status = response.status
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        raise ReplayError(f"{base} does not answer: {error or type(error).__name__}") from None
+    if status != 200 or not isinstance(answer.get("data"), list):
+        raise ReplayError(f"{base}/v1/models answers {status}: not an OpenAI endpoint, or the key is wrong")
+    models = [str(m.get("id")) for m in answer["data"] if isinstance(m, dict)]
+    if endpoint.model not in models:
+        raise ReplayError(
+            f"{base} does not serve {endpoint.model!r}; there are: {', '.join(models) or 'none'}"
+        )
+    return models
+
+
+class _Run:
+    """One replay while it runs."""
+
+    def __init__(
+        self, endpoint: Endpoint, prompts: Prompts, on_change: Callable[[Outcome], None], start: float
+    ) -> None:
+        self.endpoint = endpoint
+        self.prompts = prompts
+        self.on_change = on_change
+        self.start = start
+        self.outcomes: list[Outcome] = []
+        self.send_lag_s: list[float] = []
+        self.loop_lag_s: list[float] = []
+        self._now = asyncio.get_running_loop().time
+
+    def now(self) -> float:
+        return self._now() - self.start
+
+    async def watch_loop(self) -> None:
+        """Measure how late the loop comes round: so late an event may be seen."""
+        while True:
+            due = self.now() + LAG_LOOK_S
+            await asyncio.sleep(LAG_LOOK_S)
+            self.loop_lag_s.append(max(self.now() - due, 0.0))
+
+    async def send_all(self, session: aiohttp.ClientSession, workload: Workload) -> None:
+        streams: set[asyncio.Task[None]] = set()
+        try:
+            for index, (request, output_tokens) in enumerate(workload):
+                ids = self.prompts.ids(index)
+                data = body(self.endpoint, request, output_tokens, ids)
+                if (ahead := request.arrived_at - self.now()) > 0:
+                    await asyncio.sleep(ahead)
+                outcome = Outcome(request.id, self.now(), request.prompt_tokens, request.slo)
+                self.outcomes.append(outcome)
+                self.send_lag_s.append(outcome.arrived_at - request.arrived_at)
+                stream = asyncio.create_task(self._stream(session, request, outcome, data))
+                streams.add(stream)
+                stream.add_done_callback(streams.discard)
+                self.on_change(outcome)
+            if streams:
+                await asyncio.wait(list(streams), timeout=self.endpoint.patience_s)
+        finally:
+            for stream in list(streams):
+                stream.cancel()
+            await asyncio.gather(*streams, return_exceptions=True)
+
+    async def _stream(
+        self, session: aiohttp.ClientSession, request: Request, outcome: Outcome, data: bytes
+    ) -> None:
+        """One request from its sending to its last token; whatever goes wrong is its outcome."""
+        tokens = TokenStream()
+        try:
+            async with session.post(
+                self.endpoint.path, data=data, headers=headers(self.endpoint, request)
+            ) as response:
+                outcome.instance = response.headers.get("x-polyserve-instance")
+                outcome.promoted = response.headers.get("x-polyserve-promoted") == "true"
+                if response.status != 200:
+                    _refused(outcome, response.status, await response.read())
+                    return
+                while piece := await response.content.readany():
+                    tokens.feed(self.now(), piece)
+            _finished(outcome, tokens)
+        except asyncio.CancelledError:
+            outcome.delivered(tokens.ended().token_at)
+            outcome.ending = "unfinished"
+        except (aiohttp.ClientError, OSError) as error:
+            outcome.delivered(tokens.ended().token_at)
+            outcome.ending, outcome.code = "failed", type(error).__name__
+        finally:
+            self.on_change(outcome)
+
+
+def _refused(outcome: Outcome, status: int, answer: bytes) -> None:
+    error = json_object(answer).get("error")
+    code = error.get("code") or error.get("type") if isinstance(error, dict) else None
+    outcome.code = str(code or status)
+    outcome.ending = "refused" if status == 429 or outcome.code in get_args(RefuseCode) else "failed"
+
+
+def _finished(outcome: Outcome, tokens: TokenStream) -> None:
+    ended = tokens.ended()
+    outcome.delivered(ended.token_at)
+    if ended.error is None and ended.done and ended.token_at:
+        outcome.ending = "finished"
+    else:
+        outcome.ending, outcome.code = "failed", ended.error or "stream_cut"
+
+
+def window(workload: Workload, replayed: Replayed) -> tuple[float, float]:
+    """The time in which requests were sent: a client that lags sends the last ones after their time."""
+    last = max((o.arrived_at for o in replayed.outcomes), default=0.0)
+    return 0.0, max(workload.duration_s, math.nextafter(last, math.inf))
+
+
+def lag_note(lag: ClientLag) -> str:
+    """One line on whether the client's own times can be trusted."""
+    sent, loop = (1e3 * (p.p99 or 0.0) for p in (lag.sent, lag.loop))
+    said = f"client lag p99: sending {sent:.1f} ms, reading {loop:.1f} ms"
+    if lag.kept_up:
+        return said
+    return f"{said}: THE CLIENT COULD NOT KEEP UP; its times are later than the endpoint's"
+
+
+def to_rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+    """Outcomes as JSON values, one per request."""
+    return [
+        dataclasses.asdict(o)
+        | {"attained": o.attained, "late_s": o.late_s if math.isfinite(o.late_s) else None}
+        for o in outcomes
+    ]
