@@ -41,9 +41,7 @@ def tier_mix(tpot_s: float, share: float, prompts: Ints, outputs: Ints) -> TierM
     """The means of requests with these lengths, of which there is at least one."""
     prompt, output = prompts.astype(float), outputs.astype(float)
     context = float((output * (prompt + (output + 1) / 2)).sum() / output.sum())
-    return TierMix(
-        tpot_s, share, float(prompt.mean()), float(output.mean()), context, float((prompt**2).mean() / 2)
-    )
+    return TierMix(tpot_s, share, float(prompt.mean()), float(output.mean()), context, float((prompt**2).mean() / 2))
 
 
 # -------------------------------------------------------------------------------------- one request, alone
@@ -87,9 +85,7 @@ def _token_s(profile: Profile, tokens: Floats) -> Floats:
 
 
 def _decode_s(profile: Profile, decodes: Floats, kv: Floats) -> Floats:
-    seconds: Floats = (
-        _token_s(profile, decodes) + profile.per_decode_s * decodes + profile.per_kv_token_s * kv
-    )
+    seconds: Floats = _token_s(profile, decodes) + profile.per_decode_s * decodes + profile.per_kv_token_s * kv
     return seconds
 
 
@@ -125,9 +121,7 @@ def instance_rate(
     decodes = _batches(limits, prompt, output, context)
     if not len(decodes):
         return 0.0
-    mean_s = _mean_iteration_s(
-        profile, limits, decodes, prompt, output, context, attention, tpot_s if strict else None
-    )
+    mean_s = _mean_iteration_s(profile, limits, decodes, prompt, output, context, attention, tpot_s if strict else None)
     return _best_rate(decodes, mean_s, tpot_s) / output
 
 
@@ -157,9 +151,7 @@ def _mean_iteration_s(
     least, most = b * prompt / output, limits.max_num_batched_tokens - b
     chunks = np.concatenate([least, np.asarray(profile.knots)[None, :] - b, most], axis=1)
     if bound_s is not None:
-        chunks = np.concatenate(
-            [chunks, _widest(profile, b, most, context, attention / prompt, bound_s)], axis=1
-        )
+        chunks = np.concatenate([chunks, _widest(profile, b, most, context, attention / prompt, bound_s)], axis=1)
     chunks = np.clip(chunks, least, np.maximum(least, most))
     mixed = _mixed_s(profile, chunks, b, b * context, attention / prompt * chunks)
     pure = _decode_s(profile, b, b * context)
@@ -170,9 +162,7 @@ def _mean_iteration_s(
     return best
 
 
-def _widest(
-    profile: Profile, b: Floats, most: Floats, context: float, work_per_token: float, bound_s: float
-) -> Floats:
+def _widest(profile: Profile, b: Floats, most: Floats, context: float, work_per_token: float, bound_s: float) -> Floats:
     """The largest chunk beside each batch whose iteration stays within the bound, by bisection."""
     low, high = np.zeros_like(b), most.copy()
     for _ in range(40):
@@ -190,18 +180,14 @@ def _best_rate(decodes: Floats, mean_s: Floats, bound_s: float) -> float:
     within = mean_s <= bound_s
     rates = decodes[within] / mean_s[within]
     best = float(rates.max()) if len(rates) else 0.0
-    crossing = np.flatnonzero(
-        (within[1:] != within[:-1]) & np.isfinite(mean_s[1:]) & np.isfinite(mean_s[:-1])
-    )
+    crossing = np.flatnonzero((within[1:] != within[:-1]) & np.isfinite(mean_s[1:]) & np.isfinite(mean_s[:-1]))
     for i in crossing:
         share = (bound_s - mean_s[i]) / (mean_s[i + 1] - mean_s[i])
         best = max(best, float(decodes[i] + share * (decodes[i + 1] - decodes[i])) / bound_s)
     return best
 
 
-def optimal_rate(
-    profile: Profile, instances: float, tiers: Sequence[TierMix], *, strict: bool = False
-) -> float:
+def optimal_rate(profile: Profile, instances: float, tiers: Sequence[TierMix], *, strict: bool = False) -> float:
     """Requests per second of all tiers together that the fleet can serve at best, tier shares as given."""
     return _fleet_rate(profile, instances, tiers, [t.tpot_s for t in tiers], strict)
 
@@ -224,9 +210,7 @@ def _fleet_rate(
     for tier, pace in zip(tiers, paces, strict=True):
         if tier.share <= 0:
             continue
-        rate = instance_rate(
-            profile, tier.prompt, tier.output, tier.context, tier.attention, pace, strict=strict
-        )
+        rate = instance_rate(profile, tier.prompt, tier.output, tier.context, tier.attention, pace, strict=strict)
         if rate <= 0:
             return 0.0
         need += tier.share / total / rate

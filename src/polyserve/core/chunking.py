@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from polyserve.core.kernels import DYNAMIC, FIXED, FITS, FORCED, WAITS
+from polyserve.core.kernels import DYNAMIC, FITS, FIXED, FORCED, WAITS
 from polyserve.core.profile import Profile, attention_work
 from polyserve.core.types import Instance
 

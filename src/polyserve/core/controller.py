@@ -154,9 +154,7 @@ class Controller:
         self._tier: dict[TierName, Tier] = {tier.name: tier for tier in self._tiers}
         self._index = {tier.name: i for i, tier in enumerate(self._tiers)}
         self._profiles = {name: Profile.from_dict(plain) for name, plain in event.profiles.items()}
-        self._lengths = LengthModel(
-            len(self._tiers), self._settings.length_prior_tokens, self._settings.lengths
-        )
+        self._lengths = LengthModel(len(self._tiers), self._settings.length_prior_tokens, self._settings.lengths)
         self._fleet = Fleet()
         self._pending = Pending([tier.name for tier in self._tiers])
         self._demand = Demand(self._tiers, self._settings.length_prior_tokens)
@@ -223,9 +221,7 @@ class Controller:
 
     def _admissible(self, request: Request) -> Job | None:
         """The job of a request, binned; None when it was refused at once."""
-        limits = [books.profile.limits for books in self._fleet] or [
-            p.limits for p in self._profiles.values()
-        ]
+        limits = [books.profile.limits for books in self._fleet] or [p.limits for p in self._profiles.values()]
         context = min(max(x.context_tokens for x in limits), max(x.kv_tokens for x in limits))
         if request.prompt_tokens + (request.max_tokens or 1) > context:
             self._refuse(request.id, "context_length_exceeded", None, None)
@@ -283,9 +279,7 @@ class Controller:
             job.latest_at = to_microsecond(job.due_at - self._solo_ttft_s(request.prompt_tokens))
         return job
 
-    def _refuse(
-        self, request: RequestId, code: RefuseCode, tier: TierName | None, retry_s: float | None
-    ) -> None:
+    def _refuse(self, request: RequestId, code: RefuseCode, tier: TierName | None, retry_s: float | None) -> None:
         retry = None if retry_s is None else to_microsecond(max(retry_s, RETRY_FLOOR_S))
         self._actions.append(Refuse(request, code, tier, retry))
 
@@ -294,9 +288,7 @@ class Controller:
             return
         chosen, forecast = (placement.books.id, placement.forecast) if placement else (None, None)
         considered = tuple(self._router.considered)
-        self.explanations.append(
-            Explanation(self._now, job.id, job.tier, chosen, forecast, considered)
-        )
+        self.explanations.append(Explanation(self._now, job.id, job.tier, chosen, forecast, considered))
 
     # ----------------------------------------------------------------------------------------------- carrying out
 
@@ -319,9 +311,7 @@ class Controller:
         first_at = placement.forecast.first_token_at if placement.forecast else math.inf
         predicted = to_microsecond(first_at - job.request.arrived_at) if math.isfinite(first_at) else None
         self._repace(books)
-        self._actions.append(
-            Dispatch(job.id, books.id, job.tier, books.tier, job.slo, job.made, predicted)
-        )
+        self._actions.append(Dispatch(job.id, books.id, job.tier, books.tier, job.slo, job.made, predicted))
 
     def _assign(self, books: Books, tier: TierName | None) -> None:
         books.tier = tier

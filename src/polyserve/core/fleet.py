@@ -237,7 +237,11 @@ class Books:
             self._touch()
 
     def progressed(
-        self, tokens: dict[RequestId, int], prefilling: dict[RequestId, int], iteration: Iteration | None, now: float
+        self,
+        tokens: dict[RequestId, int],
+        prefilling: dict[RequestId, int],
+        iteration: Iteration | None,
+        now: float,
     ) -> None:
         """Take in a report: counts are output tokens since the request arrived."""
         rows, index, jobs = self._rows, self._index, self.jobs
@@ -295,9 +299,7 @@ class Books:
         count = len(self._ids)
         if count == 0 or (self._ends_at > now and self._ends_at >= 0.0):
             return
-        self._ends_at = kernels.roll(
-            self.packed, self.inst(now), self._rows, count, max(self._ends_at, -1.0), now
-        )
+        self._ends_at = kernels.roll(self.packed, self.inst(now), self._rows, count, max(self._ends_at, -1.0), now)
         self._touch()
 
     def inst(self, now: float) -> Vector:

@@ -107,7 +107,7 @@ class Forecaster:
         without_best_effort: bool = False,
         whole: bool = False,
     ) -> Forecast:
-        """The forecast of `job` on `books` at `pace_s`, of which a share `reserve` (and of KV, for best effort) stays free.
+        """The forecast of `job` on `books` at `pace_s`, of which a share `reserve` stays free.
 
         `waive`: the job's own deadline no longer counts. `without_best_effort`: as if residents without a deadline
         had been evicted. `whole`: compute every margin even after one has decided.

@@ -226,9 +226,7 @@ def at_iteration(line: Vector, grid: Vector, h: float) -> float:  # pragma: no c
 
 
 @njit(cache=True)
-def peak_s(
-    profile: Vector, gauged: Matrix, points: int, scale: float
-) -> float:  # pragma: no cover - compiled
+def peak_s(profile: Vector, gauged: Matrix, points: int, scale: float) -> float:  # pragma: no cover - compiled
     """The longest pure-decode iteration over the grid."""
     peak = 0.0
     for p in range(points):
@@ -424,9 +422,7 @@ def forecast(
         return
     # Somebody is late: only the candidate's doing counts against it.
     alone = np.empty(count + 1)
-    _, _, slack_alone = run_queue(
-        profile, inst, rows, count, gauged, grid, candidate, False, grow, now, np.inf, alone
-    )
+    _, _, slack_alone = run_queue(profile, inst, rows, count, gauged, grid, candidate, False, grow, now, np.inf, alone)
     out[F_QUEUED] = np.inf
     for i in range(count):
         if rows[i, R_LEFT] > 0.0 and alone[i] <= rows[i, R_DUE]:

@@ -18,6 +18,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -67,11 +68,17 @@ class Profile:
         knots, values = self.knots, self.knot_s
         if len(knots) < 2 or len(knots) != len(values):
             raise ProfileError(f"profile {self.name!r}: knots and knot_s want the same length, at least 2")
-        if knots[0] != 0 or any(b <= a for a, b in zip(knots, knots[1:], strict=False)):
+        if knots[0] != 0 or any(b <= a for a, b in pairwise(knots)):
             raise ProfileError(f"profile {self.name!r}: knots start at 0 and rise")
-        if values[0] < 0 or any(b < a for a, b in zip(values, values[1:], strict=False)):
+        if values[0] < 0 or any(b < a for a, b in pairwise(values)):
             raise ProfileError(f"profile {self.name!r}: knot_s never falls and is never negative")
-        for name in ("per_decode_s", "per_kv_token_s", "per_attention_s", "mixed_per_decode_s", "host_overhead_s"):
+        for name in (
+            "per_decode_s",
+            "per_kv_token_s",
+            "per_attention_s",
+            "mixed_per_decode_s",
+            "host_overhead_s",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ProfileError(f"profile {self.name!r}: {name} is finite and not negative")
         if not 1 <= self.mixed_kv_factor < math.inf:
@@ -95,9 +102,7 @@ class Profile:
     def largest_chunk(self, bound_s: float, decodes: float, kv: float, past: float, longest: int) -> int:
         """Most prompt tokens, up to `longest`, that fit beside the decodes within `bound_s`; 0 when none does."""
         fits = range(1, longest + 1)
-        return bisect_right(
-            fits, bound_s, key=lambda c: self.iteration_s(c, decodes, kv, attention_work(c, past))
-        )
+        return bisect_right(fits, bound_s, key=lambda c: self.iteration_s(c, decodes, kv, attention_work(c, past)))
 
     def extrapolates(self, prefill: float, decodes: float, kv: float) -> bool:
         """Whether a batch shape lies outside what was measured."""

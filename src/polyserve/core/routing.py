@@ -60,9 +60,7 @@ class Router(Protocol):
 class Ladder:
     """PolyServe's tiers: load gradient, lazy promotion, pool."""
 
-    def __init__(
-        self, settings: Settings, tiers: list[Tier], fleet: Fleet, forecaster: Forecaster, demand: Demand
-    ):
+    def __init__(self, settings: Settings, tiers: list[Tier], fleet: Fleet, forecaster: Forecaster, demand: Demand):
         self._settings = settings
         self._tiers = tiers  # tightest first
         self._rank = {tier.name: i for i, tier in enumerate(tiers)}
@@ -155,9 +153,7 @@ class Ladder:
         forecast = self._at_pace(now, job, tier, books)
         return Placement(job, books, forecast, takes=True) if forecast.lacks is None else None
 
-    def _at_pace(
-        self, now: float, job: Job, tier: Tier, books: Books, without_best_effort: bool = False
-    ) -> Forecast:
+    def _at_pace(self, now: float, job: Job, tier: Tier, books: Books, without_best_effort: bool = False) -> Forecast:
         """The forecast as if the instance ran at the tier's own pace."""
         tightest = min((j.slo.tpot_s for j in books.jobs.values() if j.slo), default=tier.tpot_s)
         return self._forecaster.of(
@@ -193,9 +189,7 @@ class Ladder:
     def _try_best_effort(self, now: float, job: Job, books: Books) -> Placement | None:
         loosest = self._tiers[-1].tpot_s
         headroom = self._settings.best_effort_headroom
-        forecast = self._forecaster.of(
-            job, books, now, pace_s=min(books.pace_s, loosest), reserve=headroom, waive=True
-        )
+        forecast = self._forecaster.of(job, books, now, pace_s=min(books.pace_s, loosest), reserve=headroom, waive=True)
         return Placement(job, books, forecast) if forecast.lacks is None else None
 
     def _evict(self, now: float, job: Job, tier: Tier) -> Placement | None:
@@ -278,7 +272,10 @@ class _OnePool:
         raise NotImplementedError
 
     def refill(self, now: float, books: Books, pending: Pending) -> Iterator[Placement]:
-        waiting = [*(job for queue in pending.queues.values() for job in queue), *pending.best_effort.values()]
+        waiting = [
+            *(job for queue in pending.queues.values() for job in queue),
+            *pending.best_effort.values(),
+        ]
         for job in waiting:
             if placement := self.place(now, job):
                 yield placement

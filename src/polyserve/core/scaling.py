@@ -1,8 +1,8 @@
 """How many instances each tier should have, out of one budget.
 
 What a tier needs is its arrival rate over the rate that one instance serves at best at the tier's pace
-(`bound.instance_rate`), both learned: arrivals and prompts decayed over `MEMORY_S`, outputs from the length model. Sizes
-are cumulative ceilings from the tightest tier, so that tight tiers are rounded up and loose ones down: a loose request
+(`bound.instance_rate`), both learned: arrivals and prompts decayed over `MEMORY_S`, outputs from the length model.
+Sizes are cumulative ceilings from the tightest tier, so that tight tiers are rounded up and loose ones down: a loose request
 may be a guest on a tight instance, not the reverse.
 """
 
@@ -168,7 +168,8 @@ def sizes(exact: Sequence[float], total: int, now: Sequence[int], floors: Sequen
 
     Never more than `total` together; `floors` are minimum counts, served tightest first.
     """
-    boundary, held, result = 0.0, 0, []
+    boundary, held = 0.0, 0
+    result: list[int] = []
     for i, part in enumerate(exact):
         before = sum(result)
         boundary += part
@@ -298,9 +299,7 @@ class Scaler:
         room = min(settings.max_instances - have, settings.start_step - starting)
         plan.start = max(0, min(wanted - have, room))
 
-    def _shrink(
-        self, now: float, ready: list[Books], waiting: Sequence[TierName], starting: int, plan: Plan
-    ) -> None:
+    def _shrink(self, now: float, ready: list[Books], waiting: Sequence[TierName], starting: int, plan: Plan) -> None:
         settings = self._settings
         if waiting or starting:
             return

@@ -80,9 +80,7 @@ class Settings:
         unknown = sorted(set(values) - set(hints))
         if unknown:
             raise SettingError(f"unknown setting {unknown[0]!r}; there are: {', '.join(sorted(hints))}")
-        return dataclasses.replace(
-            self, **{name: _checked(name, value, hints[name]) for name, value in values.items()}
-        )
+        return dataclasses.replace(self, **{name: _checked(name, value, hints[name]) for name, value in values.items()})
 
     def to_dict(self) -> dict[str, object]:
         return dataclasses.asdict(self)
