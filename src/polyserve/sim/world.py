@@ -1,0 +1,525 @@
+"""A body in virtual time: feeds the controller and carries its actions out on simulated engines.
+
+The controller sees what a gateway sees (`sim/sight.py`): first tokens, ends, and a progress report per
+instance at most every 50 ms, all of them `lag_s` old; its dispatches take `network_s` to arrive. With
+perfect sight it hears of every iteration at once, prompts included. What a client gets is judged by the
+engines' own times, token by token, whatever the controller knew.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from time import perf_counter, perf_counter_ns
+from typing import Literal
+
+import numpy as np
+
+from polyserve.core.controller import Controller
+from polyserve.core.profile import Profile
+from polyserve.core.settings import Settings
+from polyserve.core.types import (
+    Action,
+    Arrived,
+    Assign,
+    Cancel,
+    Cancelled,
+    ChunkRule,
+    Configured,
+    Dispatch,
+    Drain,
+    Event,
+    Evict,
+    Failed,
+    Finished,
+    FirstToken,
+    Instance,
+    InstanceId,
+    Joined,
+    Lost,
+    Preempted,
+    Ready,
+    Refuse,
+    Request,
+    RequestId,
+    SetPace,
+    Start,
+    Stop,
+    Tick,
+    Tier,
+    TierName,
+)
+from polyserve.journal import JournalWriter
+from polyserve.report import Ending, Outcome
+from polyserve.sim.engine import Done, Engine, IterationResult, Job
+from polyserve.sim.loop import Loop, Rank
+from polyserve.sim.sight import GatewaySight, PerfectSight, Sight
+
+# A core that answers this many ticks at one instant with "again, now" would never let time pass.
+MOST_TICKS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What goes wrong, and when."""
+
+    losses: tuple[tuple[float, InstanceId], ...] = ()  # an instance dies, and everything on it
+    leaving: Mapping[RequestId, float] = field(default_factory=dict)  # a client goes, seconds after its arrival
+    failing_starts: float = 0.0  # share of starts that come to nothing
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationSpec:
+    """Everything a simulation rests on; the same spec gives the same journal."""
+
+    requests: Sequence[tuple[Request, int]]  # with the output tokens each will have, in order of arrival
+    tiers: tuple[Tier, ...]
+    settings: Settings
+    profile: Profile  # the true one: how long iterations last
+    instances: int
+    believed: Profile | None = None  # None: the true one
+    chunk: ChunkRule = field(default_factory=ChunkRule)
+    order: Literal["deadline", "fcfs"] = "deadline"
+    seed: int = 0
+    jitter: float = 0.0
+    sight: Literal["gateway", "perfect"] = "gateway"
+    lag_s: float = 0.0
+    network_s: float = 0.0
+    start_up_s: float = 0.0
+    faults: Faults = Faults()
+    drain_s: float = 120.0  # how long requests may still finish after the last arrival
+    samples: int = 300  # looks at the load of every instance, evenly over the run
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One instance at one time."""
+
+    at: float
+    instance: InstanceId
+    tier: TierName | None
+    residents: int
+    load: float  # seconds of a decode iteration over the pace
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """From when to when an instance was paid for; None: beyond the end."""
+
+    instance: InstanceId
+    joined_at: float
+    gone_at: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a simulation leaves behind. Counters cover the whole run, warm-up included."""
+
+    outcomes: list[Outcome]
+    looks: list[Look]
+    labels: list[tuple[float, InstanceId, TierName | None]]  # when each instance took which tier
+    lives: list[Life]
+    ended_at: float
+    iterations: int
+    preemptions: int
+    forced_chunks: int
+    steps: int
+    decision_us: dict[str, float]  # of one step: mean and p99, by the wall clock
+    wall_s: float
+
+    def instance_seconds(self, start: float, end: float) -> float:
+        """Instance-seconds paid for between two times."""
+        return sum(
+            max(0.0, min(end, end if life.gone_at is None else life.gone_at) - max(start, life.joined_at))
+            for life in self.lives
+        )
+
+
+def simulate(
+    spec: SimulationSpec,
+    journal: JournalWriter | None = None,
+    on_look: Callable[[float, int], None] | None = None,
+) -> Run:
+    """Run the spec to its end; `on_look(now, arrived)` is called at every look."""
+    return World(spec, journal, on_look).run()
+
+
+class _Stream:
+    """A request under way, from its client's end."""
+
+    __slots__ = ("dispatches", "instance", "outcome", "output_tokens", "request")
+
+    def __init__(self, request: Request, output_tokens: int) -> None:
+        self.request = request
+        self.output_tokens = output_tokens
+        self.outcome = Outcome(request.id, request.arrived_at, request.prompt_tokens, request.slo)
+        self.instance: InstanceId | None = None
+        self.dispatches = 0  # how often it was sent somewhere: what arrives late is known to be stale
+
+    def take(self, done: Done) -> None:
+        """The client has got what one engine made of it."""
+        outcome = self.outcome
+        if not math.isnan(done.first_token_at):
+            outcome.late_s = max(outcome.late_s, done.worst_lateness_s)
+            outcome.first_at = done.first_token_at if outcome.first_at is None else outcome.first_at
+            outcome.last_at = None if math.isnan(done.last_token_at) else done.last_token_at
+            outcome.output_tokens = done.output_tokens
+
+
+class _Station:
+    """One simulated instance."""
+
+    __slots__ = ("alive", "engine", "id", "idle", "pace_s", "residents", "sight", "tier", "waking")
+
+    def __init__(self, engine: Engine, sight: Sight) -> None:
+        self.id = engine.instance.id
+        self.engine = engine
+        self.sight = sight
+        self.residents: dict[RequestId, _Stream] = {}
+        self.idle = True
+        self.waking = False  # idle, and about to begin
+        self.alive = True
+        self.tier: TierName | None = None
+        self.pace_s: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<station of {self.engine}>"
+
+    def part(self, stream: _Stream) -> None:
+        """The resident leaves before its end; its client has what it has got so far."""
+        stream.take(self.engine.so_far(stream.request.id))
+        del self.residents[stream.request.id]
+
+
+class World:
+    """Runs one simulation."""
+
+    def __init__(
+        self,
+        spec: SimulationSpec,
+        journal: JournalWriter | None = None,
+        on_look: Callable[[float, int], None] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.controller = Controller()
+        self.loop = Loop()
+        self._journal = journal
+        self._on_look = on_look
+        self._believed = spec.believed or spec.profile
+        self._stations: dict[InstanceId, _Station] = {}
+        self._live: dict[RequestId, _Stream] = {}
+        self._outcomes: list[Outcome] = []
+        self._arrived = 0
+        self._starts = Random(f"{spec.seed}/starts")
+        self._lives: dict[InstanceId, Life] = {}
+        self._labels: list[tuple[float, InstanceId, TierName | None]] = []
+        self._looks: list[Look] = []
+        self._gone: list[Engine] = []
+        self._armed_at: float | None = None
+        self._ticks = 0
+        self._step_ns = array("q")
+
+    # --------------------------------------------------------------------------------------- from end to end
+
+    def run(self) -> Run:
+        """From the first event to the last answer, or to the end of patience."""
+        began = perf_counter()
+        spec, loop = self.spec, self.loop
+        self._configure()
+        last_at = spec.requests[-1][0].arrived_at if spec.requests else 0.0
+        for at, instance in spec.faults.losses:
+            loop.at(at, Rank.LOSS, self._lose, instance)
+        every = max(last_at / max(spec.samples, 1), 1e-3)
+        loop.at(every, Rank.SAMPLE, self._look, every)
+        self._await_arrival()
+        deadline = last_at + spec.drain_s
+        while (self._live or self._arrived < len(spec.requests)) and loop.next_at <= deadline:
+            loop.step()
+        self._settle()
+        return self._result(perf_counter() - began)
+
+    def _configure(self) -> None:
+        spec = self.spec
+        profiles = {self._believed.name: self._believed.to_dict()}
+        self._step(Configured(0.0, spec.settings.to_dict(), spec.tiers, profiles, spec.seed))
+        for number in range(spec.instances):
+            instance = f"i{number}"
+            self._join(instance)
+            self._ready(instance)
+
+    def _settle(self) -> None:
+        """Every request was answered exactly once, or is still somewhere: on one engine, or in the core."""
+        holders: dict[RequestId, InstanceId] = {}
+        for station in list(self._stations.values()):
+            for request, stream in list(station.residents.items()):
+                assert holders.setdefault(request, station.id) == station.id, f"{request} is on two instances"
+                assert stream.instance == station.id, f"{request} is where nobody sent it"
+                assert request in self._live, f"{request} was answered and is still served"
+                station.part(stream)
+        unfinished = [o.request for o in self._outcomes if o.ending == "unfinished"]
+        assert sorted(unfinished) == sorted(self._live), "a request was lost, or answered twice"
+        assert len(self._outcomes) == self._arrived, "a request arrived twice"
+
+    def _result(self, wall_s: float) -> Run:
+        engines = [*self._gone, *(s.engine for s in self._stations.values())]
+        step_us = np.asarray(self._step_ns) / 1e3
+        return Run(
+            outcomes=self._outcomes,
+            looks=self._looks,
+            labels=self._labels,
+            lives=list(self._lives.values()),
+            ended_at=self.loop.now,
+            iterations=sum(e.iterations for e in engines),
+            preemptions=sum(e.preemptions for e in engines),
+            forced_chunks=sum(e.forced_chunks for e in engines),
+            steps=len(step_us),
+            decision_us={"mean": float(step_us.mean()), "p99": float(np.percentile(step_us, 99))},
+            wall_s=wall_s,
+        )
+
+    # --------------------------------------------------------------------------------------- the core's door
+
+    def _step(self, event: Event) -> None:
+        now = self.loop.now
+        began = perf_counter_ns()
+        actions = self.controller.step(now, event)
+        wake_at = self.controller.wake_at
+        self._step_ns.append(perf_counter_ns() - began)
+        if self._journal is not None:
+            self._journal.write(now, event, actions)
+        for action in actions:
+            self._carry_out(action)
+        if wake_at is not None and (self._armed_at is None or wake_at < self._armed_at):
+            self._armed_at = max(wake_at, now)
+            self.loop.at(self._armed_at, Rank.TICK, self._tick, self._armed_at)
+
+    def _tick(self, armed_at: float) -> None:
+        if armed_at != self._armed_at:
+            return  # an earlier one was armed since, and has run
+        self._armed_at = None
+        now, wake_at = self.loop.now, self.controller.wake_at
+        if wake_at is None:
+            return
+        if wake_at > now:
+            self._armed_at = wake_at
+            self.loop.at(wake_at, Rank.TICK, self._tick, wake_at)
+            return
+        self._step(Tick(now))
+        self._ticks = self._ticks + 1 if self._armed_at == now else 0
+        assert self._ticks < MOST_TICKS_AT_ONCE, f"the core wants to be woken at {now} for ever"
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Dispatch():
+                self._dispatch(action)
+            case Refuse():
+                self._answer(self._live[action.request], "refused", action.code)
+            case Cancel() | Evict():
+                self._take_off(action.request, action.instance)
+            case Start():
+                self.loop.at(self.loop.now, Rank.INSTANCE, self._start, action.instance)
+            case Drain():
+                pass
+            case Stop():
+                # A start that the core gave up on may have failed by itself.
+                if station := self._stations.get(action.instance):
+                    assert not station.residents, f"{station} was stopped with residents"
+                    self._remove(station)
+            case Assign():
+                station = self._stations[action.instance]
+                station.tier = action.tier
+                self._labels.append((self.loop.now, action.instance, action.tier))
+            case SetPace():
+                station = self._stations[action.instance]
+                station.pace_s = action.pace_s
+                station.engine.set_pace(action.pace_s)
+
+    def _holder(self, stream: _Stream) -> _Station | None:
+        """The station whose engine has the request, unless it is still on its way there."""
+        station = self._stations.get(stream.instance) if stream.instance is not None else None
+        return station if station is not None and stream.request.id in station.residents else None
+
+    # ---------------------------------------------------------------------------------------------- requests
+
+    def _await_arrival(self) -> None:
+        if self._arrived < len(self.spec.requests):
+            self.loop.at(self.spec.requests[self._arrived][0].arrived_at, Rank.ARRIVAL, self._arrive)
+
+    def _arrive(self, _: None) -> None:
+        request, output_tokens = self.spec.requests[self._arrived]
+        self._arrived += 1
+        self._await_arrival()
+        stream = self._live[request.id] = _Stream(request, output_tokens)
+        self._outcomes.append(stream.outcome)
+        if (patience_s := self.spec.faults.leaving.get(request.id)) is not None:
+            self.loop.at(self.loop.now + patience_s, Rank.LEAVING, self._leave, request.id)
+        self._step(Arrived(self.loop.now, request))
+
+    def _leave(self, request: RequestId) -> None:
+        """The client goes, unless it has its answer."""
+        if stream := self._live.get(request):
+            self._answer(stream, "cancelled")
+            if station := self._holder(stream):
+                # The engine goes on until the core has heard of it and said so.
+                stream.take(station.engine.so_far(request))
+            self._step(Cancelled(self.loop.now, request))
+
+    def _dispatch(self, action: Dispatch) -> None:
+        stream = self._live[action.request]
+        stream.instance = stream.outcome.instance = action.instance
+        stream.outcome.promoted |= action.promoted
+        stream.dispatches += 1
+        sent = (stream, action, stream.dispatches)
+        self.loop.at(self.loop.now + self.spec.network_s, Rank.DELIVERY, self._deliver, sent)
+
+    def _deliver(self, sent: tuple[_Stream, Dispatch, int]) -> None:
+        stream, action, dispatches = sent
+        station = self._stations.get(action.instance)
+        if station is None or stream.dispatches != dispatches or stream.request.id not in self._live:
+            return  # engine or client has gone, or it was sent elsewhere; the core hears of that
+        request = stream.request
+        # What the client has got is known exactly here; the core's count is as old as its last report.
+        job = Job(
+            id=request.id,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=stream.output_tokens,
+            slo=action.slo,
+            arrived_at=request.arrived_at,
+            resume_from=stream.outcome.output_tokens,
+        )
+        station.engine.submit(self.loop.now, job)
+        station.residents[request.id] = stream
+        self._wake(station)
+
+    def _take_off(self, request: RequestId, instance: InstanceId) -> None:
+        """Stop computing a request; what its client has got by now stays."""
+        station = self._stations.get(instance)
+        if station is not None and (stream := station.residents.get(request)):
+            station.part(stream)
+            station.engine.cancel(self.loop.now, request)
+        if (stream := self._live.get(request)) and stream.instance == instance:
+            stream.instance = None
+            stream.dispatches += 1
+
+    def _answer(self, stream: _Stream, ending: Ending, code: str | None = None) -> None:
+        assert stream.outcome.ending == "unfinished", f"{stream.request.id} is answered twice"
+        stream.outcome.ending = ending
+        stream.outcome.code = code
+        del self._live[stream.request.id]
+
+    # --------------------------------------------------------------------------------------------- instances
+
+    def _start(self, instance: InstanceId) -> None:
+        self._join(instance)
+        fails = self._starts.random() < self.spec.faults.failing_starts
+        then = self._fail if fails else self._ready
+        self.loop.at(self.loop.now + self.spec.start_up_s, Rank.INSTANCE, then, instance)
+
+    def _join(self, instance: InstanceId) -> None:
+        spec, now = self.spec, self.loop.now
+        described = Instance(instance, self._believed.name, spec.chunk, spec.order)
+        noise = Random(f"{spec.seed}/noise/{instance}") if spec.jitter else None
+        engine = Engine(
+            described, spec.profile, self._believed, settings=spec.settings, noise=noise, jitter=spec.jitter
+        )
+        sight = PerfectSight(engine) if spec.sight == "perfect" else GatewaySight(engine)
+        self._stations[instance] = _Station(engine, sight)
+        self._lives[instance] = Life(instance, now, None)
+        self._step(Joined(now, described))
+
+    def _ready(self, instance: InstanceId) -> None:
+        if instance in self._stations:
+            self._step(Ready(self.loop.now, instance))
+
+    def _fail(self, instance: InstanceId) -> None:
+        if station := self._stations.get(instance):
+            self._remove(station)
+            self._step(Failed(self.loop.now, instance, "did not start"))
+
+    def _lose(self, instance: InstanceId) -> None:
+        if station := self._stations.get(instance):
+            for stream in list(station.residents.values()):
+                station.part(stream)
+            self._remove(station)
+            self.loop.at(self.loop.now + self.spec.lag_s, Rank.LOSS, self._see_loss, (self.loop.now, instance))
+
+    def _see_loss(self, lost: tuple[float, InstanceId]) -> None:
+        self._step(Lost(*lost))
+
+    def _remove(self, station: _Station) -> None:
+        station.alive = False
+        self._gone.append(station.engine)
+        del self._stations[station.id]
+        self._lives[station.id] = Life(station.id, self._lives[station.id].joined_at, self.loop.now)
+        self._labels.append((self.loop.now, station.id, None))
+
+    # -------------------------------------------------------------------------------------------- iterations
+
+    def _wake(self, station: _Station) -> None:
+        if station.idle and not station.waking:
+            station.waking = True
+            self.loop.at(self.loop.now, Rank.BEGIN, self._woken, station)
+
+    def _woken(self, station: _Station) -> None:
+        station.waking = False
+        if station.alive and station.idle:
+            self._begin(station)
+
+    def _begin(self, station: _Station) -> None:
+        end = station.engine.begin(self.loop.now)
+        station.idle = end is None
+        if end is not None:
+            self.loop.at(end, Rank.ITERATION, self._end, station)
+
+    def _end(self, station: _Station) -> None:
+        if not station.alive:
+            return
+        now = self.loop.now
+        result = station.engine.end(now)
+        report = station.sight.ended(now, result)
+        # An engine does not wait for the gateway: its next iteration begins before anybody hears of this one.
+        self._begin(station)
+        seen = self._take_in(station, result) if result.first or result.finished or result.preempted else []
+        if report is not None:
+            seen.append(report)
+        if seen and self.spec.lag_s > 0:
+            self.loop.at(now + self.spec.lag_s, Rank.SIGHT, self._see, seen)
+        else:
+            self._see(seen)
+
+    def _take_in(self, station: _Station, result: IterationResult) -> list[Event]:
+        """Note what the iteration gave to whom; returns what a gateway notices at once."""
+        now = self.loop.now
+        seen: list[Event] = [FirstToken(now, request, station.id) for request in result.first]
+        for request in result.preempted:
+            station.residents[request].outcome.preemptions += 1
+            seen.append(Preempted(now, request, station.id))
+        for done in result.finished:
+            stream = station.residents.pop(done.id)
+            if done.id in self._live:
+                stream.take(done)
+                self._answer(stream, "finished")
+                seen.append(Finished(now, done.id, station.id, done.output_tokens))
+        return seen
+
+    def _see(self, seen: list[Event]) -> None:
+        for event in seen:
+            self._step(event)
+
+    # ------------------------------------------------------------------------------------------------- looks
+
+    def _look(self, every: float) -> None:
+        now = self.loop.now
+        for station in self._stations.values():
+            engine = station.engine
+            residents = engine.residents
+            load = 0.0
+            if residents and station.pace_s:
+                load = self._believed.iteration_s(0, residents, engine.kv_tokens) / station.pace_s
+            self._looks.append(Look(now, station.id, station.tier, residents, load))
+        if self._on_look is not None:
+            self._on_look(now, self._arrived)
+        self.loop.at(now + every, Rank.SAMPLE, self._look, every)
