@@ -8,10 +8,11 @@ and KV, and corrects that belief by what its iterations really took. How long an
 
 KV is allocated in blocks, chunk by chunk, as vLLM does; as there (`scheduler_reserve_full_isl`) a request
 joins the batch only when a seat is free and the free blocks would hold its whole prompt, and nobody
-overtakes one that waits for memory. A half computed prompt that finds too little room takes what is left,
-or stands still. A decode that finds no block has the resident that matters least preempted: the last
-admitted, or by deadline the latest (best effort first). It loses its KV and queues again, what it had
-generated being part of its prompt; nobody joins in such an iteration.
+overtakes one that waits for memory. A half computed prompt that finds too little room takes what is left, or
+stands still, and those behind it with it: so what took its room decodes and will end, and no engine locks up.
+A decode that finds no block has the resident that matters least preempted: the last admitted, or by deadline
+the latest (best effort first). It loses its KV and queues again, what it had generated being part of its
+prompt; nobody joins in such an iteration.
 
 The state is a structure of arrays that `sim/kernels.py` works on; Python sees only what changed.
 """
@@ -217,6 +218,7 @@ class Engine:
             self._ratio,
             1.0 + self._sigmas * math.sqrt(self._variance),
         )
+        assert prefill + decodes > 0, f"{self} stands still"
         if self._jitter:
             assert self._noise is not None
             seconds *= max(0.5, 1.0 + self._jitter * self._noise.gauss())
@@ -238,9 +240,7 @@ class Engine:
         preempted = self._named(lists[k.PREEMPTED, :thrown]) if thrown else []
         self.preemptions += thrown
         first = self._named(lists[k.FIRST, :firsts]) if firsts else []
-        finished = (
-            [self._done(slot, now) for slot in lists[k.FINISHED, :finishes].tolist()] if finishes else []
-        )
+        finished = [self._done(slot, now) for slot in lists[k.FINISHED, :finishes].tolist()] if finishes else []
         if self._correct and not self._exact:
             self._learn()
         return IterationResult(self, first, finished, preempted, self._shape)
@@ -303,9 +303,7 @@ class Engine:
         """Output tokens of every resident that decodes."""
         slots = self._lists[k.DECODING, : self._state[k.DECODING]]
         ids = self._ids
-        return dict(
-            zip([ids[s] for s in slots.tolist()], self._ints[k.GENERATED, slots].tolist(), strict=True)
-        )
+        return dict(zip([ids[s] for s in slots.tolist()], self._ints[k.GENERATED, slots].tolist(), strict=True))
 
     def prefilling(self) -> dict[RequestId, int]:
         """Prompt tokens still to compute of every resident that does not decode, waiting or not."""

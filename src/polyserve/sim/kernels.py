@@ -28,8 +28,8 @@ DECODING, QUEUE, CHUNKED, TOKENS, FIRST, FINISHED, PREEMPTED, LIST_ROWS = range(
 # Rows of `work`.
 SLACKS, REMAINING, PAST, CHUNKS, QUEUED, WORK_ROWS = range(6)
 # `state` beyond those lengths.
-FREE, RUNNING, HELD, ADMISSIONS, BLOCK, SEATS, BY_DEADLINE, KIND, LAW_TOKENS, SPEND, FLOOR, STATE_LENGTH = (
-    range(LIST_ROWS, LIST_ROWS + 12)
+FREE, RUNNING, HELD, ADMISSIONS, BLOCK, SEATS, BY_DEADLINE, KIND, LAW_TOKENS, SPEND, FLOOR, STATE_LENGTH = range(
+    LIST_ROWS, LIST_ROWS + 12
 )
 
 
@@ -43,9 +43,7 @@ def next_due(ints: IntMatrix, floats: Matrix, slot: int) -> float:  # pragma: no
 
 
 @njit(cache=True)
-def precedes(
-    ints: IntMatrix, floats: Matrix, state: IntVector, a: int, b: int
-) -> bool:  # pragma: no cover - compiled
+def precedes(ints: IntMatrix, floats: Matrix, state: IntVector, a: int, b: int) -> bool:  # pragma: no cover - compiled
     """Whether `a` is computed before `b`: by deadline where the engine goes by it, then by arrival."""
     if state[BY_DEADLINE]:
         due_a, due_b = next_due(ints, floats, a), next_due(ints, floats, b)
@@ -96,9 +94,7 @@ def release(ints: IntMatrix, state: IntVector, slot: int) -> None:  # pragma: no
 
 
 @njit(cache=True)
-def drop(
-    ints: IntMatrix, lists: IntMatrix, state: IntVector, slot: int
-) -> None:  # pragma: no cover - compiled
+def drop(ints: IntMatrix, lists: IntMatrix, state: IntVector, slot: int) -> None:  # pragma: no cover - compiled
     """Forget a slot wherever it is, also in the middle of an iteration."""
     if not remove(lists, state, DECODING, slot):
         remove(lists, state, QUEUE, slot)
@@ -106,10 +102,8 @@ def drop(
 
 
 @njit(cache=True)
-def preempt(
-    ints: IntMatrix, floats: Matrix, lists: IntMatrix, state: IntVector
-) -> int:  # pragma: no cover - compiled
-    """Send the running slot that matters least back to the queue without its KV; returns it."""
+def preempt(ints: IntMatrix, floats: Matrix, lists: IntMatrix, state: IntVector) -> None:  # pragma: no cover - compiled
+    """Send the running slot that matters least back to the queue without its KV."""
     victim = -1
     for row in (DECODING, QUEUE):
         for j in range(state[row]):
@@ -130,7 +124,6 @@ def preempt(
     enqueue(ints, floats, lists, state, victim)
     lists[PREEMPTED, state[PREEMPTED]] = victim
     state[PREEMPTED] += 1
-    return victim
 
 
 @njit(cache=True)
@@ -179,7 +172,7 @@ def able_prefills(
             running -= 1
             if room < left:
                 if room < state[FLOOR]:
-                    continue
+                    break  # nobody behind may take the room that it waits for
                 left = room
         else:
             closed = closed or seats <= 0 or room < left
@@ -250,9 +243,6 @@ def compose(
         pace = min(pace, floats[TPOT, slot])
         work[SLACKS, j] = (next_due(ints, floats, slot) - now) / (ratio * margin)
     count = able_prefills(ints, lists, state, work)
-    while decodes == 0 and count == 0:  # half computed prompts fill the memory: the first in line must go on
-        preempt(ints, floats, lists, state)
-        count = able_prefills(ints, lists, state, work)
     running = state[RUNNING] - decodes
     for j in range(state[QUEUE]):
         if running == 0:
@@ -287,9 +277,7 @@ def compose(
 
 
 @njit(cache=True)
-def finish(
-    ints: IntMatrix, lists: IntMatrix, state: IntVector, slot: int
-) -> None:  # pragma: no cover - compiled
+def finish(ints: IntMatrix, lists: IntMatrix, state: IntVector, slot: int) -> None:  # pragma: no cover - compiled
     """Note that a slot has its last token, its KV being free again."""
     release(ints, state, slot)
     lists[FINISHED, state[FINISHED]] = slot
