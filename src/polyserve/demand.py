@@ -220,9 +220,7 @@ def _uniform(seed: int, purpose: int, count: int) -> Floats:
 def _by_share(uniform: Floats, shares: Sequence[tuple[float, float]]) -> Ints:
     """Index into `shares` by inverse CDF."""
     upto = np.cumsum([share for _, share in shares])
-    return np.minimum(np.searchsorted(upto / upto[-1], uniform, side="right"), len(shares) - 1).astype(
-        np.int64
-    )
+    return np.minimum(np.searchsorted(upto / upto[-1], uniform, side="right"), len(shares) - 1).astype(np.int64)
 
 
 def _scaled(uniform: Floats, count: int) -> Ints:
@@ -243,9 +241,7 @@ def _arrival_times(arrivals: Arrivals, rate: float, duration_s: float, seed: int
         count *= 2
     inside = times[times < duration_s]
     if not len(inside):
-        raise DemandError(
-            f"nothing arrives in {duration_s:g} s at {rate:g} requests/s; take a longer duration"
-        )
+        raise DemandError(f"nothing arrives in {duration_s:g} s at {rate:g} requests/s; take a longer duration")
     return inside
 
 
@@ -270,20 +266,20 @@ def _gamma_cdf(shape: float, log_x: Floats) -> tuple[Floats, Floats]:
     """P(X <= x) and P(X > x) of a unit-scale gamma variate (Numerical Recipes, 6.2: series and fraction)."""
     x = np.exp(log_x)
     front = np.exp(shape * log_x - x - math.lgamma(shape))
-    term = total = np.full_like(x, 1.0 / shape)
+    split = int(np.searchsorted(x, shape + 1))
+    low, high = x[:split], x[split:]
+    term = total = np.full_like(low, 1.0 / shape)
     for n in range(1, 2000):
-        term = term * x / (shape + n)
+        term = term * low / (shape + n)
         total = total + term
         if np.all(term <= 1e-14 * total):
             break
-    small = np.clip(front * total, 1e-300, 1.0)
-    fraction = np.zeros_like(x)
+    fraction = np.zeros_like(high)
     for n in range(200, 0, -1):
-        fraction = n * (shape - n) / (x + 2 * n + 1 - shape + fraction)
-    large = np.clip(front / (x + 1 - shape + fraction), 1e-300, 1.0)
-    series = x < shape + 1
-    with np.errstate(invalid="ignore"):
-        return np.where(series, small, 1 - large), np.where(series, 1 - small, large)
+        fraction = n * (shape - n) / (high + 2 * n + 1 - shape + fraction)
+    below = np.clip(front[:split] * total, 1e-300, 1.0)
+    above = np.clip(front[split:] / (high + 1 - shape + fraction), 1e-300, 1.0)
+    return np.concatenate([below, 1 - above]), np.concatenate([1 - below, above])
 
 
 # -------------------------------------------------------------------------------------- what the user writes

@@ -118,11 +118,19 @@ def instance_rate(
     The means are `TierMix`'s. `strict` also asks each single iteration to stay within the pace.
     """
     limits = limits or profile.limits
-    decodes = _batches(limits, prompt, output, context)
-    if not len(decodes):
-        return 0.0
-    mean_s = _mean_iteration_s(profile, limits, decodes, prompt, output, context, attention, tpot_s if strict else None)
-    return _best_rate(decodes, mean_s, tpot_s) / output
+    b = _batches(limits, prompt, output, context)
+    least, most = b * prompt / output, limits.max_num_batched_tokens - b  # as f is at most 1, c is at least c(1)
+    kv, work = b * context, attention / prompt
+    pure = _decode_s(profile, b, kv)
+    every = _mixed_s(profile, least, b, kv, work * least)  # a chunk in every iteration: the shortest mixed one
+    chunks = [np.asarray(profile.knots)[None, :] - b[:, None], least[:, None], most[:, None]]
+    if strict:
+        most = _widest(profile, b, most, kv, work, tpot_s)
+        chunks.append(most[:, None])
+    c = np.clip(np.concatenate(chunks, axis=1), least[:, None], np.maximum(least, most)[:, None])
+    mixed = _mixed_s(profile, c, b[:, None], kv[:, None], work * c)
+    mean = (pure[:, None] + least[:, None] / c * (mixed - pure[:, None])).min(axis=1)
+    return _best_rate(b, mean, every if strict else mean, tpot_s) / output
 
 
 def _batches(limits: Limits, prompt: float, output: float, context: float) -> Floats:
@@ -132,58 +140,33 @@ def _batches(limits: Limits, prompt: float, output: float, context: float) -> Fl
         limits.kv_tokens / context,
         limits.max_num_batched_tokens / (1.0 + prompt / output),  # c >= b * P / D, as f is at most 1
     )
-    grid = np.concatenate([np.geomspace(most / 4096, most, 97), np.arange(1.0, min(33.0, most))])
+    grid = np.concatenate([np.geomspace(most / 4096, most, 129), np.arange(1.0, min(33.0, most))])
     return np.unique(grid)
 
 
-def _mean_iteration_s(
-    profile: Profile,
-    limits: Limits,
-    decodes: Floats,
-    prompt: float,
-    output: float,
-    context: float,
-    attention: float,
-    bound_s: float | None,
+def _widest(
+    profile: Profile, decodes: Floats, most: Floats, kv: Floats, work_per_token: float, bound_s: float
 ) -> Floats:
-    """The least mean iteration for each batch, over the chunks that may ride; infinite where none may."""
-    b = decodes[:, None]
-    least, most = b * prompt / output, limits.max_num_batched_tokens - b
-    chunks = np.concatenate([least, np.asarray(profile.knots)[None, :] - b, most], axis=1)
-    if bound_s is not None:
-        chunks = np.concatenate([chunks, _widest(profile, b, most, context, attention / prompt, bound_s)], axis=1)
-    chunks = np.clip(chunks, least, np.maximum(least, most))
-    mixed = _mixed_s(profile, chunks, b, b * context, attention / prompt * chunks)
-    pure = _decode_s(profile, b, b * context)
-    mean = pure + least / chunks * (mixed - pure)
-    if bound_s is not None:
-        mean = np.where(mixed <= bound_s * (1 + 1e-9), mean, np.inf)
-    best: Floats = mean.min(axis=1)
-    return best
-
-
-def _widest(profile: Profile, b: Floats, most: Floats, context: float, work_per_token: float, bound_s: float) -> Floats:
     """The largest chunk beside each batch whose iteration stays within the bound, by bisection."""
-    low, high = np.zeros_like(b), most.copy()
+    low, high = np.zeros_like(decodes), most
     for _ in range(40):
         middle = (low + high) / 2
-        within = _mixed_s(profile, middle, b, b * context, work_per_token * middle) <= bound_s
+        within = _mixed_s(profile, middle, decodes, kv, work_per_token * middle) <= bound_s
         low, high = np.where(within, middle, low), np.where(within, high, middle)
     return low
 
 
-def _best_rate(decodes: Floats, mean_s: Floats, bound_s: float) -> float:
-    """The largest b / m with m within the bound, m being linear between neighbours in the grid.
+def _best_rate(decodes: Floats, mean_s: Floats, held_s: Floats, bound_s: float) -> float:
+    """The largest decodes / mean with `held_s` within the bound, all linear between neighbours in the grid.
 
-    On a straight piece b / m is monotone, so the best is at a grid point or where m meets the bound.
+    On a straight piece the ratio is monotone, so the best is at a grid point or where `held_s` meets the bound.
     """
-    within = mean_s <= bound_s
-    rates = decodes[within] / mean_s[within]
-    best = float(rates.max()) if len(rates) else 0.0
-    crossing = np.flatnonzero((within[1:] != within[:-1]) & np.isfinite(mean_s[1:]) & np.isfinite(mean_s[:-1]))
-    for i in crossing:
-        share = (bound_s - mean_s[i]) / (mean_s[i + 1] - mean_s[i])
-        best = max(best, float(decodes[i] + share * (decodes[i + 1] - decodes[i])) / bound_s)
+    within = held_s <= bound_s
+    best = float((decodes[within] / mean_s[within]).max()) if within.any() else 0.0
+    for i in np.flatnonzero(within[1:] != within[:-1]):
+        share = (bound_s - held_s[i]) / (held_s[i + 1] - held_s[i])
+        crossing = float(decodes[i] + share * (decodes[i + 1] - decodes[i]))
+        best = max(best, crossing / bound_s)
     return best
 
 
