@@ -12,9 +12,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import assert_never
 
-import numpy as np
-
-from polyserve.core.bound import solo_ttft_s
+from polyserve.core.bound import Solo
 from polyserve.core.fleet import Books, Fleet, Job, State
 from polyserve.core.forecast import Forecast, Forecaster
 from polyserve.core.lengths import LengthModel
@@ -30,6 +28,7 @@ from polyserve.core.types import (
     Broken,
     Cancel,
     Cancelled,
+    ChunkRule,
     Configured,
     Corrected,
     Dispatch,
@@ -156,6 +155,7 @@ class Controller:
         self._profiles = {name: Profile.from_dict(plain) for name, plain in event.profiles.items()}
         self._lengths = LengthModel(len(self._tiers), self._settings.length_prior_tokens, self._settings.lengths)
         self._fleet = Fleet()
+        self._kinds: dict[tuple[str, ChunkRule], Solo] = {}  # of instances that ever joined
         self._pending = Pending([tier.name for tier in self._tiers])
         self._demand = Demand(self._tiers, self._settings.length_prior_tokens)
         self._forecaster = Forecaster(self._settings, self._lengths)
@@ -260,11 +260,7 @@ class Controller:
 
     def _solo_ttft_s(self, prompt_tokens: int) -> float:
         """Time to first token on the fastest instance there is, were it idle."""
-        kinds = {(b.profile.name, b.instance.chunk): b for b in self._fleet}
-        prompts = np.array([prompt_tokens])
-        if not kinds:
-            return 0.0
-        return min(float(solo_ttft_s(b.profile, b.instance.chunk, prompts)[0]) for b in kinds.values())
+        return min((solo.ttft_s(prompt_tokens) for solo in self._kinds.values()), default=0.0)
 
     def _job(self, request: Request, tier: Tier | None, slo: Slo | None) -> Job:
         index = None if tier is None else self._index[tier.name]
@@ -324,17 +320,14 @@ class Controller:
         """An instance's pace is the tightest of its tier's and its residents'."""
         if self._settings.router != "tiers":
             return
-        paces = [j.slo.tpot_s for j in books.jobs.values() if j.slo]
+        paces = [self._tier[job.tier].tpot_s for job in books.jobs.values() if job.tier is not None]
         if books.tier is not None:
-            paces = [min(self._tier[books.tier].tpot_s, *map(self._tier_pace, books.jobs.values()))]
+            paces.append(self._tier[books.tier].tpot_s)
         pace = min(paces, default=self._tiers[-1].tpot_s)
         if pace != books.pace_s:
             books.pace_s = pace
             if books.law.kind == 0:
                 self._actions.append(SetPace(books.id, to_microsecond(pace)))
-
-    def _tier_pace(self, job: Job) -> float:
-        return self._tier[job.tier].tpot_s if job.tier is not None else math.inf
 
     def _evict(self, books: Books, request: RequestId) -> None:
         job = books.remove(request)
@@ -390,8 +383,6 @@ class Controller:
         if books is None or event.request not in books.jobs:
             return
         books.first_token(event.request)
-        job = books.jobs[event.request]
-        job.seen = max(job.seen, job.made + 1)
         self._refill(books)
 
     def _finished(self, event: Finished) -> None:
@@ -469,6 +460,7 @@ class Controller:
             return
         books = Books(instance, self._profiles[instance.profile], self._settings, self._lengths)
         books.since = self._now
+        self._kinds.setdefault((instance.profile, instance.chunk), Solo(books.profile, instance.chunk))
         self._fleet.books[instance.id] = books
 
     def _ready(self, instance: InstanceId) -> None:
@@ -487,7 +479,9 @@ class Controller:
         self._starting.pop(instance, None)
         if books is None:
             return
-        for job in list(books.jobs.values()):
+        for request in list(books.jobs):
+            job = books.remove(request)
+            assert job is not None
             self._replace(job)
 
     def _failed(self, instance: InstanceId) -> None:
@@ -577,9 +571,7 @@ class Controller:
             self._drained[name] *= math.exp(-settings.look_s / DRAIN_MEMORY_S)
         if self._lengths.unlearned and now - self._lengths_at >= LENGTHS_EVERY_S:
             self._lengths_at = now
-            self._lengths.refresh(
-                (int(job.length_row), job.seen) for books in self._fleet for job in books.jobs.values()
-            )
+            self._lengths.refresh(made for books in self._fleet for made in books.made())
         self._time_out_queues()
         self._age_best_effort()
         self._time_out_starts()

@@ -30,6 +30,7 @@ from polyserve.core.kernels import (
     I_SPEND,
     I_TOKENS,
     R_BAND,
+    R_BASE,
     R_CAP,
     R_COLUMNS,
     R_DUE,
@@ -37,6 +38,7 @@ from polyserve.core.kernels import (
     R_LEFT,
     R_MADE,
     R_PROMPT,
+    R_SEEN,
     R_TPOT,
     Matrix,
     Vector,
@@ -188,6 +190,7 @@ class Books:
         row[R_DUE] = job.due_at
         row[R_TPOT] = slo.tpot_s if slo else 0.0  # without a deadline due is inf, and stays it
         row[R_KEY] = now if self.instance.order == "fcfs" else row[R_DUE]
+        row[R_BASE] = row[R_SEEN] = job.made
         return row
 
     def remove(self, request: RequestId) -> Job | None:
@@ -196,6 +199,7 @@ class Books:
         if job is None:
             return None
         at = self._index.pop(request)
+        job.seen = int(self._rows[at, R_SEEN])
         last = len(self._ids) - 1
         if at != last:
             self._rows[at] = self._rows[last]
@@ -211,6 +215,7 @@ class Books:
         if at is not None and self._rows[at, R_LEFT] > 0.0:
             self._rows[at, R_LEFT] = 0.0
             self._rows[at, R_MADE] = 1.0
+            self._rows[at, R_SEEN] = self._rows[at, R_BASE] + 1.0
             self._touch()
 
     def recompute(self, request: RequestId) -> None:
@@ -244,25 +249,28 @@ class Books:
         now: float,
     ) -> None:
         """Take in a report: counts are output tokens since the request arrived."""
-        rows, index, jobs = self._rows, self._index, self.jobs
-        for request, count in tokens.items():
-            at = index.get(request)
-            if at is not None:
-                row = rows[at]
-                job = jobs[request]
-                row[R_LEFT] = 0.0
-                row[R_MADE] = max(count - job.made, 1)
-                job.seen = count
+        rows, index = self._rows, self._index
+        known = [(index[request], count) for request, count in tokens.items() if request in index]
+        if known:
+            table = np.array(known)
+            at, counts = table[:, 0], table[:, 1]
+            rows[at, R_LEFT] = 0.0
+            rows[at, R_SEEN] = counts
+            rows[at, R_MADE] = np.maximum(counts - rows[at, R_BASE], 1.0)
         for request, left in prefilling.items():
-            at = index.get(request)
-            if at is not None and rows[at, R_LEFT] > 0.0:
-                rows[at, R_LEFT] = min(max(left, 1), rows[at, R_PROMPT])
+            row = index.get(request)
+            if row is not None and rows[row, R_LEFT] > 0.0:
+                rows[row, R_LEFT] = min(max(left, 1), rows[row, R_PROMPT])
         if iteration is not None:
             self._observe(iteration)
             self._ends_at = iteration.ended_at + self._step_s(iteration)
             self._rolled_at = -math.inf
         self._touch()
         self.roll(now)
+
+    def made(self) -> list[tuple[int, int]]:
+        """(row of the length table, output tokens seen) of every resident."""
+        return [(int(row[R_BAND]), int(row[R_SEEN])) for row in self.rows]
 
     def _step_s(self, iteration: Iteration) -> float:
         """How long the iteration after a reported one is believed to take: as long as the same kind took."""

@@ -163,8 +163,9 @@ def plan_prefill(
     return chunk, FORCED
 
 
-# One resident, as a row of the books.
-R_PROMPT, R_LEFT, R_MADE, R_CAP, R_BAND, R_DUE, R_TPOT, R_KEY, R_COLUMNS = range(9)
+# One resident, as a row of the books. MADE is what the forecast believes of this dispatch, SEEN what was reported since
+# the request arrived, BASE what earlier dispatches had delivered.
+R_PROMPT, R_LEFT, R_MADE, R_CAP, R_BAND, R_DUE, R_TPOT, R_KEY, R_BASE, R_SEEN, R_COLUMNS = range(11)
 # One instance, as the forecast sees it.
 I_KIND, I_TOKENS, I_SPEND, I_FLOOR, I_PACE, I_KV, I_SEQS, I_BLOCK, I_SCALE, I_FREE, I_SIGMA, I_COLUMNS = range(12)
 # The rows of a gauge, each over the grid of future iterations.
