@@ -49,7 +49,8 @@ class Workload:
 
 
 milliseconds = st.integers(1, 300).map(lambda ms: ms / 1000)
-slos = st.none() | st.builds(Slo, milliseconds, st.sampled_from([0.005, 0.01, 0.03, 0.1]))
+paces = st.sampled_from([0.0045, 0.0055, 0.01, 0.03])  # an iteration takes 4 ms at least
+slos = st.none() | st.builds(Slo, st.sampled_from([0.006, 0.012, 0.03, 0.3]), paces)
 
 
 @st.composite
@@ -58,11 +59,23 @@ def workloads(draw: st.DrawFn, prompt: int = 300, output: int = 30, cancels: boo
     for n in range(draw(st.integers(1, 14))):
         made = draw(st.integers(1, output))
         resumed = draw(st.integers(0, made - 1)) if draw(st.booleans()) else 0
-        at = draw(st.sampled_from([0.0, 0.0, 0.01, 0.05, 0.2]))
+        at = draw(st.sampled_from([0.0, 0.0, 0.01, 0.05, 0.1]))
         jobs.append(Job(f"r{n}", draw(st.integers(1, prompt)), made, draw(slos), at, resumed))
     gone = st.tuples(milliseconds, st.sampled_from([job.id for job in jobs]))
     ends = draw(st.lists(gone, max_size=3)) if cancels else []
-    return Workload(tuple(sorted(jobs, key=lambda j: j.arrived_at)), tuple(sorted(ends)), draw(milliseconds))
+    return Workload(tuple(sorted(jobs, key=lambda j: j.arrived_at)), tuple(sorted(ends)), draw(paces))
+
+
+@st.composite
+def pressed(draw: st.DrawFn) -> Workload:
+    """Residents without much slack, and long prompts that are due soon: nothing fits, and chunks are forced."""
+    tight = Slo(0.006, 0.0045)
+    jobs = [Job(f"d{n}", draw(st.integers(1, 40)), 60, tight, 0.0) for n in range(draw(st.integers(1, 6)))]
+    for n in range(draw(st.integers(1, 4))):
+        slo = draw(st.none() | st.builds(Slo, st.sampled_from([0.006, 0.012, 0.03]), paces))
+        at = draw(st.sampled_from([0.02, 0.03, 0.05]))
+        jobs.append(Job(f"p{n}", draw(st.integers(65, 300)), draw(st.integers(1, 9)), slo, at))
+    return Workload(tuple(sorted(jobs, key=lambda j: j.arrived_at)), (), draw(paces))
 
 
 @st.composite
@@ -188,7 +201,7 @@ def test_nothing_happens_before_its_cause(machine: tuple[Instance, Profile, Sett
 
 
 @settings(max_examples=150)
-@given(machines(), workloads())
+@given(machines(), workloads() | pressed())
 def test_the_compiled_engine_does_what_its_plain_twin_does(
     machine: tuple[Instance, Profile, Settings], load: Workload
 ) -> None:
@@ -235,7 +248,7 @@ def test_the_same_seed_gives_the_same_run(
 
 @settings(max_examples=150)
 @given(
-    workloads(cancels=False),
+    workloads(cancels=False) | pressed(),
     st.sampled_from(["pace", "slack"]),
     st.sampled_from([1, 16, 64]),
 )
