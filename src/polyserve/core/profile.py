@@ -68,6 +68,8 @@ class Profile:
         knots, values = self.knots, self.knot_s
         if len(knots) < 2 or len(knots) != len(values):
             raise ProfileError(f"profile {self.name!r}: knots and knot_s want the same length, at least 2")
+        if not all(map(math.isfinite, (*knots, *values))):
+            raise ProfileError(f"profile {self.name!r}: knots and knot_s are finite")
         if knots[0] != 0 or any(b <= a for a, b in pairwise(knots)):
             raise ProfileError(f"profile {self.name!r}: knots start at 0 and rise")
         if values[0] < 0 or any(b < a for a, b in pairwise(values)):
@@ -160,6 +162,11 @@ class Profile:
         values = dict(plain)
         at = ""
         try:
+            at = "name"
+            if not isinstance(plain[at], str):
+                raise TypeError("a name is text")
+            at = "notes"
+            values[at] = dict(plain.get(at, {}))
             at = "limits"
             values["limits"] = Limits(**{k: int(v) for k, v in plain["limits"].items()})
             for at in ("knots", "knot_s"):
