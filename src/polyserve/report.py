@@ -303,9 +303,10 @@ def table(result: Score, facts: Facts, title: str | None = None) -> Group:
     """The report for people: a table per tier, then what holds for the whole run."""
     rows = Table(title=title or _title(facts), title_justify="left", title_style="bold")
     rows.add_column("TPOT ms", justify="right")
-    headings = ("requests", "attained", "refused", "unfinished", "promoted")
-    for heading in (*headings, "TTFT p50", "p90", "p99 ms", "TPOT p50", "p90", "p99 ms"):
+    for heading in ("requests", "attained", "refused", "unfinished", "promoted"):
         rows.add_column(heading, justify="right")
+    for heading in ("TTFT ms", "TPOT ms"):
+        rows.add_column(f"{heading}\np50 / p90 / p99", justify="right", no_wrap=True)
     for key, tier in result.tiers.items():
         rows.add_row(key, *_cells(tier))
     rows.add_section()
@@ -325,8 +326,8 @@ def _cells(tier: TierScore) -> list[str]:
         str(tier.refused + tier.failed),
         str(tier.unfinished),
         str(tier.promoted),
-        *(_ms(value, 0) for value in dataclasses.astuple(tier.ttft_s)),
-        *(_ms(value, 1) for value in dataclasses.astuple(tier.tpot_s)),
+        " / ".join(_ms(value, 0) for value in dataclasses.astuple(tier.ttft_s)),
+        " / ".join(_ms(value, 1) for value in dataclasses.astuple(tier.tpot_s)),
     ]
 
 

@@ -102,7 +102,7 @@ class Look:
     instance: InstanceId
     tier: TierName | None
     residents: int
-    load: float  # seconds of a decode iteration over the pace
+    load: float  # the largest of the shares of pace, memory and seats that are taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ class _Stream:
 class _Station:
     """One simulated instance."""
 
-    __slots__ = ("alive", "engine", "id", "idle", "pace_s", "residents", "sight", "tier", "waking")
+    __slots__ = ("alive", "busy_s", "engine", "id", "idle", "looked", "pace_s", "residents", "sight", "tier", "waking")
 
     def __init__(self, engine: Engine, sight: Sight) -> None:
         self.id = engine.instance.id
@@ -184,9 +184,27 @@ class _Station:
         self.alive = True
         self.tier: TierName | None = None
         self.pace_s: float | None = None
+        self.busy_s = 0.0
+        self.looked = (0.0, 0.0, 0)  # at the last look: the time, seconds busy and iterations by then
 
     def __repr__(self) -> str:
         return f"<station of {self.engine}>"
+
+    def load(self, now: float, floor_s: float, tightest_s: float) -> float:
+        """The largest share taken since the last look of what an instance has to give: pace, memory, seats.
+
+        The share of the pace is that of the mean iteration beyond `floor_s`, which one lone decode takes.
+        """
+        engine, (then, busy_s, iterations) = self.engine, self.looked
+        self.looked = (now, self.busy_s, engine.iterations)
+        if not engine.residents:
+            return 0.0
+        busy_s, iterations = self.busy_s - busy_s, engine.iterations - iterations
+        pace_s = self.pace_s or tightest_s
+        paced = 0.0
+        if iterations and pace_s > floor_s:
+            paced = min(busy_s / (now - then), 1.0) * (busy_s / iterations - floor_s) / (pace_s - floor_s)
+        return max(paced, engine.kv_allocated / engine.kv_capacity, engine.residents / engine.max_num_seqs)
 
     def part(self, stream: _Stream) -> None:
         """The resident leaves before its end; its client has what it has got so far."""
@@ -209,6 +227,8 @@ class World:
         self._journal = journal
         self._on_look = on_look
         self._believed = spec.believed or spec.profile
+        self._floor_s = spec.profile.iteration_s(0, 1, 0)
+        self._tightest_s = min(tier.tpot_s for tier in spec.tiers)
         self._stations: dict[InstanceId, _Station] = {}
         self._live: dict[RequestId, _Stream] = {}
         self._outcomes: list[Outcome] = []
@@ -472,6 +492,7 @@ class World:
         end = station.engine.begin(self.loop.now)
         station.idle = end is None
         if end is not None:
+            station.busy_s += end - self.loop.now
             self.loop.at(end, Rank.ITERATION, self._end, station)
 
     def _end(self, station: _Station) -> None:
@@ -514,12 +535,8 @@ class World:
     def _look(self, every: float) -> None:
         now = self.loop.now
         for station in self._stations.values():
-            engine = station.engine
-            residents = engine.residents
-            load = 0.0
-            if residents and station.pace_s:
-                load = self._believed.iteration_s(0, residents, engine.kv_tokens) / station.pace_s
-            self._looks.append(Look(now, station.id, station.tier, residents, load))
+            load = station.load(now, self._floor_s, self._tightest_s)
+            self._looks.append(Look(now, station.id, station.tier, station.engine.residents, load))
         if self._on_look is not None:
             self._on_look(now, self._arrived)
         self.loop.at(now + every, Rank.SAMPLE, self._look, every)

@@ -1,0 +1,5 @@
+"""`python -m polyserve`."""
+
+from polyserve.cli import main
+
+main()

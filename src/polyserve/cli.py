@@ -1,0 +1,318 @@
+"""The `polyserve` command. Each command imports what it needs when it runs, so that `--help` is quick.
+
+What the user got wrong is one line on stderr and exit code 2; a traceback is always our mistake.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from polyserve.core.types import ChunkRule
+    from polyserve.sim.scenario import Prepared, Result
+
+app = typer.Typer(
+    name="polyserve",
+    help="Multi-SLO scheduling for LLM serving: simulate, plan and serve with one decision core.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class UsageError(ValueError):
+    """An option that cannot be used; the message names it and what would do."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; errors of the user's making end it with code 2."""
+    try:
+        code = app(args=args, prog_name="polyserve", standalone_mode=False)
+    except Exception as error:
+        if (line := _users_mistake(error)) is None:
+            raise
+        print(f"polyserve: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    raise SystemExit(code or 0)
+
+
+def _users_mistake(error: Exception) -> str | None:
+    """One line to say about an error of the user's making; None for one of ours."""
+    if hasattr(error, "format_message"):  # the command line's own
+        return " ".join(str(error.format_message()).split())
+    ours = type(error).__module__.startswith("polyserve.")
+    if ours and isinstance(error, ValueError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------- simulate
+
+
+@app.command()
+def simulate(
+    trace: Annotated[str, typer.Option(help="Trace id, uniform:P/D, or a CSV, JSONL or Parquet file.")] = "azure-conv",
+    columns: Annotated[str, typer.Option(help="The file's own column names: prompt=A,output=B,arrived=C:ms")] = "",
+    profile: Annotated[str, typer.Option(help="Profile id or a .json file.")] = "a100-llama-3-8b",
+    instances: Annotated[int, typer.Option(help="Instances at the start.")] = 20,
+    rate: Annotated[str, typer.Option(help="Requests per second, or a share of the optimum: 90%.")] = "",
+    duration: Annotated[
+        float | None, typer.Option(help="Seconds measured; default 300, recorded: once through.")
+    ] = None,
+    warm_up: Annotated[
+        float | None, typer.Option(help="Seconds before that; default 60, or half the duration.")
+    ] = None,
+    tpot: Annotated[str, typer.Option(help="TPOT in ms and their shares.")] = "20:.1,30:.2,50:.3,100:.4",
+    ttft: Annotated[str, typer.Option(help="TTFT in ms, drawn evenly among the feasible.")] = "300,500,1000",
+    arrivals: Annotated[str, typer.Option(help="poisson, gamma:CV or recorded.")] = "poisson",
+    best_effort: Annotated[float, typer.Option(help="Share of requests without an SLO.")] = 0.0,
+    policy: Annotated[str, typer.Option(help="Policy id; see `polyserve policies`.")] = "polyserve",
+    setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: a setting of the policy.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same run.")] = 0,
+    chunk: Annotated[str, typer.Option(help="dynamic or fixed:N; default by policy.")] = "",
+    order: Annotated[
+        Literal["deadline", "fcfs"] | None, typer.Option(help="How engines queue; default by policy.")
+    ] = None,
+    jitter: Annotated[float, typer.Option(help="Spread of true iteration times, as a share.")] = 0.0,
+    bias: Annotated[float, typer.Option(help="True iterations take 1 + BIAS times what is believed.")] = 0.0,
+    sight: Annotated[Literal["gateway", "perfect"], typer.Option(help="What the controller sees.")] = "gateway",
+    lag: Annotated[float, typer.Option(help="Seconds until the controller sees something.")] = 0.0,
+    network: Annotated[float, typer.Option(help="Seconds until a dispatch arrives.")] = 0.0,
+    start_up: Annotated[float, typer.Option(help="Seconds an instance takes to get ready.")] = 0.0,
+    min_instances: Annotated[int | None, typer.Option(help="Fewest instances of an elastic fleet.")] = None,
+    max_instances: Annotated[int | None, typer.Option(help="Most instances: makes the fleet elastic.")] = None,
+    lose: Annotated[int, typer.Option(help="Instances that die in the window.")] = 0,
+    leaving: Annotated[float, typer.Option(help="Share of clients that leave early.")] = 0.0,
+    failing_starts: Annotated[float, typer.Option(help="Share of starts that fail.")] = 0.0,
+    json_to: Annotated[str, typer.Option("--json", metavar="FILE|-", help="Write the report as JSON.")] = "",
+    journal: Annotated[str, typer.Option(metavar="FILE", help="Write every step; .gz is compressed.")] = "",
+    plot: Annotated[str, typer.Option(metavar="FILE.png", help="Draw the load of every instance over time.")] = "",
+) -> None:
+    """Run a policy on a trace in virtual time and print how many requests were on time."""
+    from polyserve.demand import parse_arrivals, parse_tpot, parse_ttft
+    from polyserve.sim.scenario import Scenario, prepare
+
+    drawn = parse_arrivals(arrivals)
+    values: dict[str, object] = {}
+    if min_instances is not None:
+        values["min_instances"] = min_instances
+    if max_instances is not None:
+        values["max_instances"] = max_instances
+    per_second, of_optimal = _rate(rate)
+    scenario = Scenario(
+        trace=trace,
+        columns=_pairs("--columns", columns.split(",") if columns else []),
+        profile=profile,
+        instances=instances,
+        rate=per_second,
+        of_optimal=of_optimal,
+        duration_s=300.0 if duration is None and drawn.kind != "recorded" else duration,
+        warm_up_s=warm_up,
+        tpots=tuple(parse_tpot(tpot)),
+        ttfts=tuple(parse_ttft(ttft)),
+        arrivals=drawn,
+        best_effort=best_effort,
+        policy=policy,
+        values={**values, **_pairs("--set", setting or [])},
+        seed=seed,
+        chunk=_chunk(chunk),
+        order=order,
+        jitter=jitter,
+        bias=bias,
+        sight=sight,
+        lag_s=lag,
+        network_s=network,
+        start_up_s=start_up,
+        lost_instances=lose,
+        leaving=leaving,
+        failing_starts=failing_starts,
+    )
+    if plot and not plot.lower().endswith(".png"):
+        raise UsageError(f"--plot: a file that ends in .png, not {plot!r}")
+    prepared = prepare(scenario)
+    _tell(_simulated(prepared, journal), prepared, json_to, plot)
+
+
+def _simulated(prepared: Prepared, journal: str) -> Result:
+    """Run it, with progress on stderr."""
+    from polyserve.journal import JournalWriter
+    from polyserve.sim.scenario import evaluate
+
+    total = len(prepared.spec.requests)
+    writing = JournalWriter(journal) if journal else nullcontext()
+    with writing as writer, _progress("requests simulated", total) as advance:
+        return evaluate(prepared, writer, lambda _, arrived: advance(arrived))
+
+
+def _tell(result: Result, prepared: Prepared, json_to: str, plot: str) -> None:
+    """The table on stdout, or on stderr when stdout is for JSON."""
+    import json
+
+    from rich.console import Console
+
+    from polyserve import report
+
+    console = Console(stderr=json_to == "-", highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(stderr=json_to == "-", highlight=False, soft_wrap=True, width=120)
+    console.print(report.table(result.score, result.facts))
+    if json_to:
+        text = json.dumps(report.to_dict(result.score, result.facts), indent=2, allow_nan=False)
+        if json_to == "-":
+            print(text)
+        else:
+            Path(json_to).write_text(text + "\n", encoding="utf-8")
+    if plot:
+        from polyserve.plot import draw_loads
+
+        draw_loads(result.run.looks, [t.name for t in prepared.spec.tiers], plot, result.facts)
+
+
+def _rate(text: str) -> tuple[float | None, float | None]:
+    """Requests per second, or a share of the optimum."""
+    if not text:
+        return None, None
+    try:
+        if text.endswith("%"):
+            return None, float(text[:-1]) / 100
+        return float(text), None
+    except ValueError:
+        raise UsageError(f"--rate: requests per second (100) or a share of the optimum (90%), not {text!r}") from None
+
+
+def _pairs(option: str, items: list[str]) -> dict[str, str]:
+    """KEY=VALUE items as a dict."""
+    pairs: dict[str, str] = {}
+    for item in items:
+        key, sign, value = item.partition("=")
+        if not key or not sign:
+            raise UsageError(f"{option}: KEY=VALUE, not {item!r}")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def _chunk(text: str) -> ChunkRule | None:
+    from polyserve.core.types import ChunkRule
+
+    if not text:
+        return None
+    if text == "dynamic":
+        return ChunkRule()
+    if (match := re.fullmatch(r"fixed:(\d{1,9})", text)) and int(match[1]) > 0:
+        return ChunkRule("fixed", int(match[1]))
+    raise UsageError(f"--chunk: dynamic or fixed:N with N of at least 1, not {text!r}")
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows how far we are: a bar on a terminal, else a line every few seconds; both on stderr."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda done: bar.update(task, completed=done)
+        return
+    said_at = time.monotonic()
+
+    def say(done: int) -> None:
+        nonlocal said_at
+        if time.monotonic() - said_at >= 5.0:
+            said_at = time.monotonic()
+            print(f"{done} of {total} {what}", file=sys.stderr, flush=True)
+
+    yield say
+
+
+# ------------------------------------------------------------------------------------------------------------ journals
+
+
+@app.command("replay-journal")
+def replay_journal(file: Annotated[Path, typer.Argument(help="A journal, .gz or not.")]) -> None:
+    """Feed a journal's events to the core again; exit 1 and name the first line where a decision differs."""
+    from polyserve.journal import replay
+
+    result = replay(file)
+    if result.mismatch is not None:
+        print(f"{file}: {result.mismatch}")
+        raise typer.Exit(1)
+    torn = "; the last line is cut off and was left out" if result.torn else ""
+    print(f"{file}: {result.steps} steps, every decision the same{torn}")
+
+
+# -------------------------------------------------------------------------------------------------------------- lists
+
+
+@app.command()
+def policies(name: Annotated[str, typer.Argument(help="One policy: all its settings.")] = "") -> None:
+    """List the policies, each with the settings in which it differs from `polyserve`."""
+    from polyserve.core.settings import POLICIES, Settings, policy
+
+    if name:
+        for key, value in policy(name).to_dict().items():
+            print(f"{key} = {value}")
+        return
+    usual = Settings().to_dict()
+    for each, settings in POLICIES.items():
+        other = [f"{key}={value}" for key, value in settings.to_dict().items() if value != usual[key]]
+        print(f"{each:18} {' '.join(other) or '(the defaults)'}")
+
+
+@app.command()
+def profiles() -> None:
+    """List the shipped profiles."""
+    from polyserve.profiles.store import load, shipped_names
+
+    rows: list[list[Any]] = [["profile", "KV tokens", "sequences", "batched tokens", "mixed batches"]]
+    for name in shipped_names():
+        each = load(name)
+        mixed = each.mixed_kv_factor > 1 or each.mixed_per_decode_s > 0
+        limits = each.limits
+        rows.append(
+            [
+                name,
+                limits.kv_tokens,
+                limits.max_num_seqs,
+                limits.max_num_batched_tokens,
+                "dearer" if mixed else "as apart",
+            ]
+        )
+    _columns(rows)
+
+
+@app.command()
+def traces() -> None:
+    """List the shipped traces."""
+    from polyserve.traces import read_trace, trace_ids
+
+    rows: list[list[Any]] = [["trace", "requests", "mean prompt", "mean output", "recorded rate"]]
+    for name in trace_ids():
+        each = read_trace(name)
+        rate = f"{each.recorded_rate:.3g}/s" if each.recorded_rate else "-"
+        rows.append([name, len(each), round(each.prompt_tokens.mean()), round(each.output_tokens.mean()), rate])
+    rows.append(["uniform:P/D", "-", "P", "D", "-"])
+    _columns(rows)
+
+
+def _columns(rows: list[list[Any]]) -> None:
+    """Print rows in columns, numbers to the right."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [str(row[0]).ljust(widths[0]), *(str(c).rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        print("  ".join(cells).rstrip())

@@ -1,0 +1,236 @@
+"""A simulation as people describe it: a trace, a fleet of one profile, a policy, and what may go wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from random import Random
+from typing import Literal
+
+from polyserve.core import bound
+from polyserve.core.profile import Profile
+from polyserve.core.settings import SettingError, Settings, policy
+from polyserve.core.types import ChunkRule, InstanceId, RequestId, Tier
+from polyserve.demand import Arrivals, DemandError, Workload, draw_requests
+from polyserve.journal import JournalWriter
+from polyserve.profiles.store import load, shipped_names
+from polyserve.report import Facts, Score, score, tier_key
+from polyserve.sim.world import Faults, Run, SimulationSpec, simulate
+from polyserve.traces import read_trace
+
+# Long enough for most of a fleet's residents to have come and gone, where the run itself is long enough.
+WARM_UP_S = 60.0
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One run, with the defaults of `polyserve simulate`. Rates in requests per second."""
+
+    trace: str = "azure-conv"
+    profile: str = "a100-llama-3-8b"
+    instances: int = 20
+    rate: float | None = None  # None: as recorded
+    of_optimal: float | None = None  # instead of a rate: this share of the optimum
+    duration_s: float | None = 300.0  # measured, after the warm-up; None: a recorded trace once through
+    warm_up_s: float | None = None  # None: a minute, or half the duration where that is less
+    tpots: tuple[tuple[float, float], ...] = ((0.02, 0.1), (0.03, 0.2), (0.05, 0.3), (0.1, 0.4))
+    ttfts: tuple[float, ...] = (0.3, 0.5, 1.0)
+    arrivals: Arrivals = field(default_factory=Arrivals)
+    columns: Mapping[str, str] = field(default_factory=dict)
+    best_effort: float = 0.0
+    policy: str = "polyserve"
+    values: Mapping[str, object] = field(default_factory=dict)  # settings other than the policy's own
+    seed: int = 0
+    chunk: ChunkRule | None = None  # None: dynamic for the tiers' policies, else fixed at the engine's maximum
+    order: Literal["deadline", "fcfs"] | None = None  # None: deadline with a dynamic chunk, else fcfs
+    jitter: float = 0.0  # standard deviation of single iterations, as a share
+    bias: float = 0.0  # true iterations take 1 + bias times what is believed
+    sight: Literal["gateway", "perfect"] = "gateway"
+    lag_s: float = 0.0
+    network_s: float = 0.0
+    start_up_s: float = 0.0
+    lost_instances: int = 0
+    leaving: float = 0.0  # share of clients that go before their answer's end
+    failing_starts: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A scenario with everything drawn and bounded, ready to run."""
+
+    scenario: Scenario
+    spec: SimulationSpec
+    window: tuple[float, float]
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a scenario."""
+
+    run: Run
+    score: Score
+    facts: Facts
+
+
+def prepare(scenario: Scenario) -> Prepared:
+    """Read, draw and bound; raises the readers' errors, `SettingError` and `DemandError`."""
+    _check(scenario)
+    settings = _settings(scenario)
+    profile = load(scenario.profile)
+    warm_up_s = _warm_up_s(scenario)
+    workload = draw(scenario, profile, warm_up_s)
+    window = (warm_up_s, workload.duration_s)
+    if warm_up_s >= workload.duration_s:
+        raise DemandError(f"warm-up of {warm_up_s:g} s leaves nothing of {workload.duration_s:g} s to measure")
+    instances = max(scenario.instances, settings.max_instances)
+    spec = SimulationSpec(
+        requests=list(workload),
+        tiers=tuple(Tier(tier_key(tpot), tpot, max(scenario.ttfts)) for tpot, _ in sorted(scenario.tpots)),
+        settings=settings,
+        profile=profile.slowed(1.0 + scenario.bias) if scenario.bias else profile,
+        believed=profile,
+        instances=scenario.instances,
+        chunk=_chunk(scenario, settings, profile),
+        order=scenario.order or ("deadline" if settings.router == "tiers" else "fcfs"),
+        seed=scenario.seed,
+        jitter=scenario.jitter,
+        sight=scenario.sight,
+        lag_s=scenario.lag_s,
+        network_s=scenario.network_s,
+        start_up_s=scenario.start_up_s,
+        faults=faults(scenario, workload, window),
+    )
+    mixes = workload.mixes()
+    own = spec.profile
+    facts = Facts(
+        policy=scenario.policy,
+        profile=scenario.profile,
+        trace=scenario.trace,
+        seed=scenario.seed,
+        instances=instances,
+        settings=dict(scenario.values),
+        infeasible=workload.infeasible,
+        optimal_rate=bound.optimal_rate(own, instances, mixes) if mixes else None,
+        strict_optimal_rate=bound.optimal_rate(own, instances, mixes, strict=True) if mixes else None,
+        ceiling=bound.ceiling(own, mixes) if mixes else None,
+        other_bounds={
+            name: bound.optimal_rate(load(name).slowed(1.0 + scenario.bias), instances, mixes)
+            for name in _siblings(scenario.profile)
+            if mixes
+        },
+    )
+    return Prepared(scenario, spec, window, facts)
+
+
+def evaluate(
+    scenario: Scenario | Prepared,
+    journal: JournalWriter | None = None,
+    on_look: Callable[[float, int], None] | None = None,
+) -> Result:
+    """Run a scenario and score the requests of its window."""
+    prepared = scenario if isinstance(scenario, Prepared) else prepare(scenario)
+    run = simulate(prepared.spec, journal, on_look)
+    window = prepared.window
+    facts = dataclasses.replace(
+        prepared.facts,
+        preemptions=run.preemptions,
+        forced_chunks=run.forced_chunks,
+        instance_seconds=run.instance_seconds(*window),
+        iterations=run.iterations,
+        simulated_requests=len(run.outcomes),
+        wall_s=run.wall_s,
+        steps=run.steps,
+        decision_us=run.decision_us,
+    )
+    return Result(run, score(run.outcomes, window, [t.tpot_s for t in prepared.spec.tiers]), facts)
+
+
+def draw(scenario: Scenario, profile: Profile, warm_up_s: float) -> Workload:
+    """The scenario's requests. What is feasible does not depend on the policy, so that all policies get the same."""
+    trace = read_trace(scenario.trace, scenario.columns)
+    at_rate = partial(
+        draw_requests,
+        trace,
+        duration_s=None if scenario.duration_s is None else warm_up_s + scenario.duration_s,
+        tpots=scenario.tpots,
+        ttfts=scenario.ttfts,
+        feasible=partial(bound.feasible, profile, ChunkRule()),
+        arrivals=scenario.arrivals,
+        best_effort=scenario.best_effort,
+        seed=scenario.seed,
+    )
+    if scenario.of_optimal is None:
+        return at_rate(rate=scenario.rate)
+    # Lengths and paces do not depend on the rate, so their means may be taken at any.
+    nominal = 1.0
+    mixes = at_rate(rate=nominal, duration_s=max(10_000.0, len(trace))).mixes()
+    optimal = bound.optimal_rate(profile, scenario.instances, mixes)
+    if optimal <= 0:
+        raise DemandError(f"profile {scenario.profile} cannot hold every pace asked for, so there is no optimum")
+    return at_rate(rate=scenario.of_optimal * optimal / (1.0 - scenario.best_effort))
+
+
+def faults(scenario: Scenario, workload: Workload, window: tuple[float, float]) -> Faults:
+    """What goes wrong, drawn from the scenario's seed."""
+    chance = Random(f"{scenario.seed}/faults")
+    lost = chance.sample(range(scenario.instances), scenario.lost_instances)
+    losses = tuple(sorted((chance.uniform(*window), InstanceId(f"i{number}")) for number in lost))
+    leaving: dict[RequestId, float] = {}
+    for request, output_tokens in workload if scenario.leaving else ():
+        if chance.random() < scenario.leaving:
+            slo = request.slo
+            whole_s = slo.ttft_s + output_tokens * slo.tpot_s if slo is not None else 10.0
+            leaving[request.id] = chance.uniform(0.0, whole_s)
+    return Faults(losses, leaving, scenario.failing_starts)
+
+
+def _check(scenario: Scenario) -> None:
+    if scenario.instances < 1:
+        raise SettingError(f"instances: at least 1, not {scenario.instances}")
+    if scenario.of_optimal is not None and not 0 < scenario.of_optimal < math.inf:
+        raise DemandError(f"rate is a positive share of the optimum, not {scenario.of_optimal:g}")
+    for name in ("jitter", "lag_s", "network_s", "start_up_s", "warm_up_s"):
+        value = getattr(scenario, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise SettingError(f"{name.removesuffix('_s').replace('_', '-')} is not negative, not {value:g}")
+    if not -1 < scenario.bias < math.inf:
+        raise SettingError(
+            f"bias is above -1, since iterations take 1 + bias of what is believed, not {scenario.bias:g}"
+        )
+    for name in ("leaving", "failing_starts"):
+        if not 0 <= getattr(scenario, name) <= 1:
+            raise SettingError(f"{name.replace('_', '-')} is a share from 0 to 1, not {getattr(scenario, name):g}")
+    if not 0 <= scenario.lost_instances <= scenario.instances:
+        raise SettingError(f"of {scenario.instances} instances {scenario.lost_instances} cannot be lost")
+
+
+def _settings(scenario: Scenario) -> Settings:
+    settings = policy(scenario.policy, {"start_up_s": scenario.start_up_s, **scenario.values})
+    most, least = settings.max_instances, settings.min_instances
+    if most and most < scenario.instances:
+        raise SettingError(f"max-instances {most} is less than the {scenario.instances} instances at the start")
+    if most and least > most:
+        raise SettingError(f"min-instances {least} is more than max-instances {most}")
+    return settings
+
+
+def _warm_up_s(scenario: Scenario) -> float:
+    if scenario.warm_up_s is not None:
+        return scenario.warm_up_s
+    return WARM_UP_S if scenario.duration_s is None else min(WARM_UP_S, scenario.duration_s / 2)
+
+
+def _chunk(scenario: Scenario, settings: Settings, profile: Profile) -> ChunkRule:
+    if scenario.chunk is not None:
+        return scenario.chunk
+    return ChunkRule() if settings.router == "tiers" else ChunkRule("fixed", profile.limits.max_num_batched_tokens)
+
+
+def _siblings(profile: str) -> list[str]:
+    """The same engine with the other assumption about mixed batches, where it is shipped."""
+    plain = profile.removesuffix("-mixed")
+    return [name for name in (plain, f"{plain}-mixed") if name != profile and name in shipped_names()]
