@@ -77,17 +77,13 @@ async def server() -> AsyncIterator[Callable[[Answer], Awaitable[str]]]:
 Start = Callable[[Answer], Awaitable[str]]
 
 
-async def replayed(
-    url: str, prompts: list[int], slo: Slo | None = EASY, patience_s: float = 60.0
-) -> Replayed:
+async def replayed(url: str, prompts: list[int], slo: Slo | None = EASY, patience_s: float = 60.0) -> Replayed:
     workload = workload_of(prompts, slo)
     endpoint = Endpoint(url, "m", patience_s=patience_s)
     return await replay(workload, Prompts(trace_of(prompts), workload), endpoint)
 
 
-async def outcome_of(
-    server: Start, answer: Answer, slo: Slo | None = EASY, patience_s: float = 60.0
-) -> Outcome:
+async def outcome_of(server: Start, answer: Answer, slo: Slo | None = EASY, patience_s: float = 60.0) -> Outcome:
     run = await replayed(await server(answer), [5], slo, patience_s)
     [outcome] = run.outcomes
     return outcome
@@ -254,8 +250,9 @@ def test_the_pace_travels_in_decimal_milliseconds() -> None:
 
 @pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])
 def test_the_url_may_end_in_v1_or_not(url: str) -> None:
-    assert Endpoint(url, "m").path == "http://h:1/v1/completions"
-    assert Endpoint(url, "m", api="chat").path == "http://h:1/v1/chat/completions"
+    assert Endpoint(url, "m").base == "http://h:1"
+    assert Endpoint(url, "m").path == "/v1/completions"
+    assert Endpoint(f"{url}/", "m", api="chat").path == "/v1/chat/completions"
 
 
 def test_prompts_share_the_prefix_that_the_trace_shares_and_nothing_else() -> None:

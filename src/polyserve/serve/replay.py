@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
@@ -22,6 +23,7 @@ import numpy as np
 from polyserve.core.types import RefuseCode, Request
 from polyserve.demand import Workload
 from polyserve.report import Outcome, Percentiles
+from polyserve.serve.streaming_client import Answer, StreamingClient
 from polyserve.serve.token_times import TokenStream, json_object
 from polyserve.traces import Trace
 
@@ -33,8 +35,6 @@ WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "was", "on",
 # A client that is later than this one time in a hundred is no measure of others.
 LAG_THAT_MATTERS_S = 0.02
 LAG_LOOK_S = 0.02
-# uvicorn (vLLM's server and ours) closes an idle connection after 5 s: the client lets go first.
-KEEP_ALIVE_S = 3.0
 
 
 class ReplayError(ValueError):
@@ -55,9 +55,14 @@ class Endpoint:
     patience_s: float = 120.0  # after the last request was sent; streams open then are unfinished
 
     @property
+    def base(self) -> str:
+        return self.url.rstrip("/").removesuffix("/v1")
+
+    @property
     def path(self) -> str:
-        base = self.url.rstrip("/").removesuffix("/v1")
-        return f"{base}/v1/{'chat/completions' if self.api == 'chat' else 'completions'}"
+        """Behind the host."""
+        prefix = urlsplit(self.base).path
+        return f"{prefix}/v1/{'chat/completions' if self.api == 'chat' else 'completions'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,16 +156,13 @@ async def replay(
     loop = asyncio.get_running_loop()
     run = _Run(endpoint, prompts, on_change, loop.time())
     unix = time.time()
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-    timeout = aiohttp.ClientTimeout(total=None, connect=30.0)
-    async with aiohttp.ClientSession(
-        connector=connector, timeout=timeout, auto_decompress=False, read_bufsize=2**16
-    ) as session:
-        looker = asyncio.create_task(run.watch_loop())
-        try:
-            await run.send_all(session, workload)
-        finally:
-            looker.cancel()
+    client = StreamingClient(endpoint.base)
+    looker = asyncio.create_task(run.watch_loop())
+    try:
+        await run.send_all(client, workload)
+    finally:
+        looker.cancel()
+        client.close()
     sent = Percentiles.of(run.send_lag_s)
     lag = ClientLag(sent, Percentiles.of(run.loop_lag_s))
     return Replayed(run.outcomes, unix, loop.time() - run.start, lag)
@@ -168,7 +170,7 @@ async def replay(
 
 async def reachable(endpoint: Endpoint) -> list[str]:
     """The models that the endpoint serves; raises `ReplayError` when it answers nothing or serves another."""
-    base = endpoint.path.split("/v1/", 1)[0]
+    base = endpoint.base
     auth = {"authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
     try:
         async with (
@@ -183,9 +185,7 @@ async def reachable(endpoint: Endpoint) -> list[str]:
         raise ReplayError(f"{base}/v1/models answers {status}: not an OpenAI endpoint, or the key is wrong")
     models = [str(m.get("id")) for m in answer["data"] if isinstance(m, dict)]
     if endpoint.model not in models:
-        raise ReplayError(
-            f"{base} does not serve {endpoint.model!r}; there are: {', '.join(models) or 'none'}"
-        )
+        raise ReplayError(f"{base} does not serve {endpoint.model!r}; there are: {', '.join(models) or 'none'}")
     return models
 
 
@@ -214,52 +214,53 @@ class _Run:
             await asyncio.sleep(LAG_LOOK_S)
             self.loop_lag_s.append(max(self.now() - due, 0.0))
 
-    async def send_all(self, session: aiohttp.ClientSession, workload: Workload) -> None:
+    async def send_all(self, client: StreamingClient, workload: Workload) -> None:
         streams: set[asyncio.Task[None]] = set()
         try:
             for index, (request, output_tokens) in enumerate(workload):
-                ids = self.prompts.ids(index)
-                data = body(self.endpoint, request, output_tokens, ids)
+                data = body(self.endpoint, request, output_tokens, self.prompts.ids(index))
                 if (ahead := request.arrived_at - self.now()) > 0:
                     await asyncio.sleep(ahead)
                 outcome = Outcome(request.id, self.now(), request.prompt_tokens, request.slo)
                 self.outcomes.append(outcome)
                 self.send_lag_s.append(outcome.arrived_at - request.arrived_at)
-                stream = asyncio.create_task(self._stream(session, request, outcome, data))
-                streams.add(stream)
-                stream.add_done_callback(streams.discard)
+                streams.add(asyncio.create_task(self._stream(client, request, outcome, data)))
                 self.on_change(outcome)
-            if streams:
-                await asyncio.wait(list(streams), timeout=self.endpoint.patience_s)
+            await asyncio.wait(streams, timeout=self.endpoint.patience_s)
         finally:
-            for stream in list(streams):
+            for stream in streams:
                 stream.cancel()
-            await asyncio.gather(*streams, return_exceptions=True)
+            ends = await asyncio.gather(*streams, return_exceptions=True)
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end
 
-    async def _stream(
-        self, session: aiohttp.ClientSession, request: Request, outcome: Outcome, data: bytes
-    ) -> None:
+    async def _stream(self, client: StreamingClient, request: Request, outcome: Outcome, data: bytes) -> None:
         """One request from its sending to its last token; whatever goes wrong is its outcome."""
-        tokens = TokenStream()
+        tokens, refusal = TokenStream(), bytearray()
+
+        def take(data: bytes) -> None:
+            if answer.status == 200:
+                tokens.feed(self.now(), data)
+            else:
+                refusal.extend(data)
+
+        answer = Answer(take)
         try:
-            async with session.post(
-                self.endpoint.path, data=data, headers=headers(self.endpoint, request)
-            ) as response:
-                outcome.instance = response.headers.get("x-polyserve-instance")
-                outcome.promoted = response.headers.get("x-polyserve-promoted") == "true"
-                if response.status != 200:
-                    _refused(outcome, response.status, await response.read())
-                    return
-                while piece := await response.content.readany():
-                    tokens.feed(self.now(), piece)
+            await client.post(self.endpoint.path, headers(self.endpoint, request), data, answer)
+            if answer.status != 200:
+                _refused(outcome, answer.status, bytes(refusal))
+                return
             _finished(outcome, tokens)
         except asyncio.CancelledError:
             outcome.delivered(tokens.ended().token_at)
             outcome.ending = "unfinished"
-        except (aiohttp.ClientError, OSError) as error:
+        except OSError as error:
             outcome.delivered(tokens.ended().token_at)
             outcome.ending, outcome.code = "failed", type(error).__name__
         finally:
+            outcome.instance = answer.headers.get("x-polyserve-instance")
+            outcome.promoted = answer.headers.get("x-polyserve-promoted") == "true"
             self.on_change(outcome)
 
 
@@ -297,7 +298,6 @@ def lag_note(lag: ClientLag) -> str:
 def to_rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     """Outcomes as JSON values, one per request."""
     return [
-        dataclasses.asdict(o)
-        | {"attained": o.attained, "late_s": o.late_s if math.isfinite(o.late_s) else None}
+        dataclasses.asdict(o) | {"attained": o.attained, "late_s": o.late_s if math.isfinite(o.late_s) else None}
         for o in outcomes
     ]

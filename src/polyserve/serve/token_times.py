@@ -56,9 +56,7 @@ class TokenStream:
         until = max(len(self.event_at) - trail, lead)
         tokens = until - lead if ended.usage is None else ended.usage
         if ended.hollow and tokens > until - lead:
-            until += (
-                1  # a last event without text was a token all the same: the engine counted its stop token
-            )
+            until += 1  # a last event without text was a token all the same: the engine counted its stop token
         ended.token_at = _spread(self.event_at[lead:until], tokens)
         return ended
 
