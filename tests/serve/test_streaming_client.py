@@ -12,7 +12,17 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 @contextlib.asynccontextmanager
 async def listening(handler: Handler) -> AsyncIterator[StreamingClient]:
     """A client of a real server that speaks raw bytes."""
-    server = await asyncio.start_server(handler, "127.0.0.1", 0)
+    ended: list[asyncio.Future[None]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        over = asyncio.get_running_loop().create_future()
+        ended.append(over)
+        await handler(reader, writer)
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        over.set_result(None)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     client = StreamingClient(f"http://127.0.0.1:{port}")
     try:
@@ -20,6 +30,7 @@ async def listening(handler: Handler) -> AsyncIterator[StreamingClient]:
     finally:
         client.close()
         server.close()
+        await asyncio.gather(*ended)
 
 
 async def asked(reader: asyncio.StreamReader) -> bytes:
