@@ -51,7 +51,7 @@ def main(args: list[str] | None = None) -> None:
 def _users_mistake(error: Exception) -> str | None:
     """One line to say about an error of the user's making; None for one of ours."""
     if hasattr(error, "format_message"):  # the command line's own
-        return " ".join(str(error.format_message()).split())
+        return " ".join(str(error.format_message()).replace("Value error, ", "").split())
     ours = type(error).__module__.startswith("polyserve.")
     if ours and isinstance(error, ValueError):
         return " ".join(str(error).split())
@@ -143,6 +143,9 @@ def simulate(
     )
     if plot and not plot.lower().endswith(".png"):
         raise UsageError(f"--plot: a file that ends in .png, not {plot!r}")
+    for option, path in (("--json", json_to), ("--journal", journal), ("--plot", plot)):
+        if not (parent := Path(path).parent).is_dir():  # said now, not after minutes of simulation
+            raise UsageError(f"{option}: there is no folder {str(parent)!r} for {path!r}")
     prepared = prepare(scenario)
     _tell(_simulated(prepared, journal), prepared, json_to, plot)
 

@@ -22,7 +22,7 @@ from polyserve.report import Facts
 # Told apart by people who see few colours as well (Okabe and Ito's palette, from hot to cold: tight to loose).
 HUES = ("#D55E00", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#8C6D31", "#5B3A8C")
 POOL_HUE = "#7F7F7F"
-EMPTY = "#F4F4F4"
+EMPTY = 0.12  # of its hue is what an empty instance shows, so that its tier can be seen
 
 
 class Look(Protocol):
@@ -107,9 +107,9 @@ def _carpet(columns: Sequence[Sequence[Look | None]], height: int, tiers: Sequen
 def _shades(hue: str) -> LinearSegmentedColormap:
     """From nearly white, through the hue, to a dark shade of it."""
     red, green, blue = to_rgb(hue)
-    return LinearSegmentedColormap.from_list(
-        hue, [(0.0, to_rgb(EMPTY)), (0.65, (red, green, blue)), (1.0, (0.4 * red, 0.4 * green, 0.4 * blue))]
-    )
+    pale = (1 - EMPTY + EMPTY * red, 1 - EMPTY + EMPTY * green, 1 - EMPTY + EMPTY * blue)
+    dark = (0.4 * red, 0.4 * green, 0.4 * blue)
+    return LinearSegmentedColormap.from_list(hue, [(0.0, pale), (0.65, (red, green, blue)), (1.0, dark)])
 
 
 def _label_rows(axes: Axes, instances: Sequence[InstanceId]) -> None:

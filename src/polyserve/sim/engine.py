@@ -89,6 +89,11 @@ class IterationResult:
         return self._engine._named(self._engine._lists[k.TOKENS, : self._engine._state[k.TOKENS]])
 
     @property
+    def decodes(self) -> int:
+        """Residents that decoded; those whose prompt ended are not among them."""
+        return self._shape[3]
+
+    @property
     def iteration(self) -> Iteration:
         """The batch as it was; `kv_tokens` are those that its decodes read."""
         return Iteration(*self._shape)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable
 from enum import IntEnum
+from heapq import heappop, heappush
 from itertools import count
 from typing import Any
-
-from polyserve.core.types import to_microsecond
 
 
 class Rank(IntEnum):
@@ -30,11 +28,11 @@ class Rank(IntEnum):
 class Loop:
     """Runs things in order of their time; `now` is the time of the one that is running."""
 
-    __slots__ = ("_heap", "_order", "now", "ran")
+    __slots__ = ("_heap", "_order", "_stopped", "now")
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.ran = 0
+        self._stopped = False
         self._heap: list[tuple[float, int, int, Callable[[Any], None], Any]] = []
         self._order = count()
 
@@ -43,17 +41,17 @@ class Loop:
 
     def at(self, time: float, rank: Rank, act: Callable[[Any], None], subject: Any = None) -> None:
         """Call `act(subject)` at the whole microsecond nearest to `time`, which is not in the past."""
-        time = to_microsecond(time)
+        time = round(time * 1e6) / 1e6
         assert time >= self.now, f"{time} is before {self.now}"
-        heapq.heappush(self._heap, (time, rank, next(self._order), act, subject))
+        heappush(self._heap, (time, rank, next(self._order), act, subject))
 
-    @property
-    def next_at(self) -> float:
-        """When the next thing runs; infinite when there is none."""
-        return self._heap[0][0] if self._heap else math.inf
+    def stop(self) -> None:
+        """End `run` after what is running now."""
+        self._stopped = True
 
-    def step(self) -> None:
-        """Run the next thing."""
-        self.now, _, _, act, subject = heapq.heappop(self._heap)
-        self.ran += 1
-        act(subject)
+    def run(self, until: float = math.inf) -> None:
+        """Run things in order, up to and including `until`, or to `stop`."""
+        heap = self._heap
+        while heap and not self._stopped and heap[0][0] <= until:
+            self.now, _, _, act, subject = heappop(heap)
+            act(subject)

@@ -191,6 +191,8 @@ def faults(scenario: Scenario, workload: Workload, window: tuple[float, float]) 
 def _check(scenario: Scenario) -> None:
     if scenario.instances < 1:
         raise SettingError(f"instances: at least 1, not {scenario.instances}")
+    if scenario.duration_s is not None and not 0 < scenario.duration_s < math.inf:
+        raise DemandError(f"duration is a positive number of seconds, not {scenario.duration_s:g}")
     if scenario.of_optimal is not None and not 0 < scenario.of_optimal < math.inf:
         raise DemandError(f"rate is a positive share of the optimum, not {scenario.of_optimal:g}")
     for name in ("jitter", "lag_s", "network_s", "start_up_s", "warm_up_s"):

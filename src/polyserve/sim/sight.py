@@ -35,7 +35,7 @@ class GatewaySight:
         self._reported_at = float("-inf")
 
     def ended(self, now: float, result: IterationResult) -> Progressed | None:
-        decodes = result.iteration.decodes or 0
+        decodes = result.decodes
         if decodes:
             self._lengths_s.append(now - self._tokens_at)
         if decodes or result.first:

@@ -255,9 +255,7 @@ class World:
         every = max(last_at / max(spec.samples, 1), 1e-3)
         loop.at(every, Rank.SAMPLE, self._look, every)
         self._await_arrival()
-        deadline = last_at + spec.drain_s
-        while (self._live or self._arrived < len(spec.requests)) and loop.next_at <= deadline:
-            loop.step()
+        loop.run(until=last_at + spec.drain_s if spec.requests else 0.0)
         self._settle()
         return self._result(perf_counter() - began)
 
@@ -429,6 +427,8 @@ class World:
         stream.outcome.ending = ending
         stream.outcome.code = code
         del self._live[stream.request.id]
+        if not self._live and self._arrived == len(self.spec.requests):
+            self.loop.stop()
 
     # --------------------------------------------------------------------------------------------- instances
 
