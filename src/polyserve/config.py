@@ -1,0 +1,354 @@
+"""The gateway's one YAML file: read, checked, and made into a plan.
+
+Nothing is skipped in silence: an unknown key, a wrong type or two tiers alike are refused, one line each, naming the
+file, the path of the key and what would do.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import uvloop
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from polyserve.core.profile import Profile, ProfileError
+from polyserve.core.settings import SettingError, Settings, policy
+from polyserve.core.types import ChunkRule, Configured, Tier, to_microsecond
+from polyserve.profiles import store
+from polyserve.serve.adapters import chunk_rule
+from polyserve.serve.gateway import Gateway, GatewayError, serve
+from polyserve.serve.pace import BEST_EFFORT, SERVICE_TIERS
+from polyserve.serve.plan import Address, Bounds, EngineKind, EngineSpec, LocalPlan, Order, Plan
+
+Milliseconds = Annotated[float, Field(gt=0, le=86_400_000, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+
+# Names that the brain gives to instances it starts.
+_STARTED = re.compile(r"i\d+")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; one line for each thing that is wrong."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Listen(_Section):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, strict=True)] = 8000
+
+
+class TierConfig(_Section):
+    name: Name
+    tpot_ms: Milliseconds
+    ttft_ms: Milliseconds
+    min_instances: Count = 0
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    on_late: Literal["refuse", "serve_late", "never"] | None = None
+
+
+class InstanceConfig(_Section):
+    id: Name
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/]+\S*$")]
+    profile: str | None = None
+    kind: EngineKind = "auto"
+    chunk: ChunkRule | None = None
+    order: Order | None = None
+    kv_tokens: Positive | None = None
+    max_num_seqs: Positive | None = None
+    max_num_batched_tokens: Positive | None = None
+    send_priority: bool = False
+
+    @field_validator("chunk", mode="before")
+    @classmethod
+    def _read_chunk(cls, value: Any) -> Any:
+        return chunk_rule(value) if isinstance(value, str) else value
+
+
+class LauncherConfig(_Section):
+    kind: Literal["static", "local"]
+    profile: str | None = None
+    min: Count = 0
+    max: Positive = 1
+    command: list[str] = [
+        sys.executable, "-m", "polyserve", "engine", "--profile", "{profile}", "--port", "{port}",
+    ]  # fmt: skip
+    environment: dict[str, str] = {}
+    start_up_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3.0
+    start_timeout_s: Seconds = 120.0
+    stop_timeout_s: Seconds = 10.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LauncherConfig:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}")
+        return self
+
+
+class LimitsConfig(_Section):
+    body_mib: Annotated[float, Field(gt=0, le=1024)] = 16.0
+    open_requests: Positive = 20_000
+    attempts: Positive = 3
+    silence_s: Seconds = 300.0
+    connect_s: Seconds = 5.0
+    shutdown_s: Seconds = 60.0
+    probe_s: Seconds = 1.0
+
+
+class Config(_Section):
+    """The file as it is written; `plan` is what it means."""
+
+    model: Annotated[str, Field(min_length=1)]
+    listen: Listen = Listen()
+    admin: Listen | Literal["off"] | None = None
+    policy: str = "polyserve"
+    settings: dict[str, Any] = {}
+    tiers: Annotated[list[TierConfig], Field(min_length=1)]
+    default_tier: str | None = None
+    service_tiers: dict[str, str] = {}
+    profile: str | None = None
+    instances: list[InstanceConfig] = []
+    launcher: LauncherConfig | None = None
+    journal: Path | None = None
+    limits: LimitsConfig = LimitsConfig()
+    seed: Count = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        for key, values in (("name", [t.name for t in self.tiers]), ("tpot_ms", [t.tpot_ms for t in self.tiers])):
+            if (twice := _twice(values)) is not None:
+                raise ValueError(f"tiers: two tiers have {key} {twice}; each needs its own")
+        if (twice := _twice([instance.id for instance in self.instances])) is not None:
+            raise ValueError(f"instances: two have the id {twice!r}; each needs its own")
+        names = [BEST_EFFORT, *(tier.name for tier in self.tiers)]
+        named = {f"service_tiers.{key}": name for key, name in self.service_tiers.items()}
+        for key, name in (named | ({"default_tier": self.default_tier} if self.default_tier else {})).items():
+            if name not in names:
+                raise ValueError(f"{key}: no tier {name!r}; there are: {', '.join(names)}")
+        if any(tier.name == BEST_EFFORT for tier in self.tiers):
+            raise ValueError(f"tiers: {BEST_EFFORT!r} is the name for no tier at all; choose another")
+        return self
+
+    @field_validator("service_tiers")
+    @classmethod
+    def _known_to_openai(cls, value: dict[str, str]) -> dict[str, str]:
+        for key in value:
+            if key not in SERVICE_TIERS:
+                raise ValueError(f"OpenAI's service tiers are {', '.join(SERVICE_TIERS)}, not {key!r}")
+        return value
+
+
+def load(path: str | Path, launch: bool = False) -> Plan:
+    """The plan that a config file makes; raises `ConfigError`.
+
+    Without `launch` the fleet is the instances of the file, and its launcher is left alone.
+    """
+    return plan(_read(Path(path)), str(path), launch)
+
+
+def plan(config: Config, source: str, launch: bool = False) -> Plan:
+    """What a gateway is to do; raises `ConfigError` naming `source`."""
+    launcher = config.launcher if launch and config.launcher and config.launcher.kind == "local" else None
+    if not config.instances and launcher is None:
+        hint = "; `polyserve up` starts those of its launcher" if config.launcher else ""
+        raise ConfigError(f"{source}: instances: there are none, give at least one{hint}")
+    if launcher is not None and (taken := [i.id for i in config.instances if _STARTED.fullmatch(i.id)]):
+        raise ConfigError(f"{source}: instances: the launcher gives names like {taken[0]!r} itself; choose another")
+    names = [(f"instances.{n}.profile", i.profile) for n, i in enumerate(config.instances)]
+    names += [("launcher.profile", launcher.profile)] if launcher else []
+    profiles = {key: _profile(source, key, name or config.profile) for key, name in names}
+    listen = Address(config.listen.host, config.listen.port)
+    return Plan(
+        model=config.model,
+        listen=listen,
+        admin=_admin(config, listen),
+        configured=_configured(config, source, launcher, profiles),
+        default_tier=config.default_tier or max(config.tiers, key=lambda tier: tier.tpot_ms).name,
+        service_tiers=config.service_tiers,
+        engines=tuple(
+            _spec(instance, profiles[key].name) for instance, (key, _) in zip(config.instances, names, strict=False)
+        ),
+        launcher=None if launcher is None else _local(launcher, config.profile),
+        journal=config.journal,
+        bounds=_bounds(config.limits),
+    )
+
+
+def run_gateway(config_path: str | Path, launch: bool) -> None:
+    """Serve until a signal comes; raises `ConfigError` or `GatewayError`, each in one line."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    made = load(config_path, launch)
+
+    def say(gateway: Gateway, port: int) -> None:
+        print(f"polyserve: {gateway.model} on http://{made.listen.host}:{port}/v1", flush=True)
+
+    uvloop.run(serve(made, say))
+
+
+def _read(path: Path) -> Config:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        plain = yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {_in_one_line(error)}") from None
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys; `model` and `tiers` are needed")
+    try:
+        return Config.model_validate(plain)
+    except ValidationError as error:
+        raise ConfigError("\n".join(dict.fromkeys(_told(path, problem) for problem in error.errors()))) from None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, which would hide the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _in_one_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    return f"line {mark.line + 1}: {problem}" if mark is not None else " ".join(problem.split())
+
+
+def _told(path: Path, problem: Any) -> str:
+    """One of pydantic's findings as our line."""
+    where = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        there = ", ".join(_section(where[:-1]).model_fields)
+        return f"{path}: {'.'.join(where)}: unknown key; there are: {there}"
+    if problem["type"] == "missing":
+        return f"{path}: {'.'.join(where)}: is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    said = message[0].lower() + message[1:]
+    if problem["type"] == "value_error":
+        return f"{path}: {'.'.join([*where, said]) if not where else '.'.join(where) + ': ' + said}"
+    return f"{path}: {'.'.join(where)}: {said}, not {problem['input']!r}"
+
+
+def _section(where: list[str]) -> type[BaseModel]:
+    """The section of the config that a path leads to."""
+    sections: dict[str, type[BaseModel]] = {
+        "listen": Listen,
+        "admin": Listen,
+        "tiers": TierConfig,
+        "instances": InstanceConfig,
+        "launcher": LauncherConfig,
+        "limits": LimitsConfig,
+    }
+    return sections.get(where[0], Config) if where else Config
+
+
+def _twice(values: list[Any]) -> Any:
+    return next((value for n, value in enumerate(values) if value in values[:n]), None)
+
+
+def _profile(source: str, key: str, name: str | None) -> Profile:
+    if name is None:
+        there = ", ".join(store.shipped_names())
+        raise ConfigError(f"{source}: {key}: is missing, and so is `profile`; there are: {there}")
+    try:
+        return store.load(name)
+    except ProfileError as error:
+        raise ConfigError(f"{source}: {key}: {error}") from None
+
+
+def _configured(
+    config: Config, source: str, launcher: LauncherConfig | None, profiles: dict[str, Profile]
+) -> Configured:
+    """What the brain is told first."""
+    values = dict(config.settings)
+    if launcher is not None:
+        values = {
+            "min_instances": len(config.instances) + launcher.min,
+            "max_instances": len(config.instances) + launcher.max,
+            "start_up_s": launcher.start_up_s,
+        } | values
+    try:
+        settings: Settings = policy(config.policy, values)
+    except SettingError as error:
+        key = "policy" if "policy" in str(error) else "settings"
+        raise ConfigError(f"{source}: {key}: {error}") from None
+    tiers = tuple(
+        Tier(
+            tier.name,
+            to_microsecond(tier.tpot_ms / 1e3),
+            to_microsecond(tier.ttft_ms / 1e3),
+            tier.min_instances,
+            tier.weight,
+            tier.on_late,
+        )
+        for tier in config.tiers
+    )
+    used = {profile.name: profile.to_dict() for profile in profiles.values()}
+    return Configured(0.0, settings.to_dict(), tiers, used, config.seed)
+
+
+def _admin(config: Config, listen: Address) -> Address | None:
+    """Where the admin API is: with the rest when only this machine can reach that, unless the file says otherwise."""
+    if config.admin == "off":
+        return None
+    if isinstance(config.admin, Listen):
+        return Address(config.admin.host, config.admin.port)
+    return listen if listen.loopback else None
+
+
+def _spec(instance: InstanceConfig, profile: str) -> EngineSpec:
+    return EngineSpec(
+        id=instance.id,
+        url=instance.url,
+        profile=profile,
+        kind=instance.kind,
+        chunk=instance.chunk,
+        order=instance.order,
+        kv_tokens=instance.kv_tokens,
+        max_num_seqs=instance.max_num_seqs,
+        max_num_batched_tokens=instance.max_num_batched_tokens,
+        send_priority=instance.send_priority,
+    )
+
+
+def _local(launcher: LauncherConfig, profile: str | None) -> LocalPlan:
+    name = launcher.profile or profile
+    assert name is not None, "the profile was loaded"
+    return LocalPlan(
+        profile=name,
+        command=tuple(launcher.command),
+        environment=launcher.environment,
+        start_timeout_s=launcher.start_timeout_s,
+        stop_timeout_s=launcher.stop_timeout_s,
+    )
+
+
+def _bounds(limits: LimitsConfig) -> Bounds:
+    return Bounds(
+        body_bytes=round(limits.body_mib * 1024 * 1024),
+        open_requests=limits.open_requests,
+        attempts=limits.attempts,
+        silence_s=limits.silence_s,
+        connect_s=limits.connect_s,
+        shutdown_s=limits.shutdown_s,
+        probe_s=limits.probe_s,
+    )
+
+
+__all__ = ["Config", "ConfigError", "GatewayError", "load", "plan", "run_gateway"]

@@ -1,0 +1,234 @@
+"""What engines say and accept: plain OpenAI servers, vLLM, and our emulated engine.
+
+All dialects of one protocol are spoken here, so that nothing else knows which software an instance runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from polyserve.core.types import ChunkRule, RequestId, Slo
+from polyserve.serve.ask import Ask, field
+from polyserve.serve.plan import Order
+
+PROBE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
+# Best effort comes after every deadline; engines keep priorities in 32 bits.
+LAST_PRIORITY = 2**31 - 1
+
+# The engine is gone, or answers what no engine would.
+UNREACHABLE = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError)
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """What an engine says about itself; None where it says nothing."""
+
+    profile: str | None = None
+    chunk: str | None = None
+    order: Order | None = None
+    kv_tokens: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+
+
+class Telemetry(msgspec.Struct, frozen=True):
+    """One line of the emulated engine's telemetry: its latest iteration, and how far each resident is."""
+
+    ended_at_ago_s: float
+    seconds: float
+    prefill_tokens: int = 0
+    decodes: int = 0
+    kv_tokens: int = 0
+    tokens: dict[RequestId, int] = {}
+    prefilling: dict[RequestId, int] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What an engine's metrics say right now."""
+
+    running: int
+    waiting: int
+    kv_share: float | None = None  # of its KV room that is in use
+    kv_capacity_tokens: int | None = None
+
+
+class OpenAIEngine:
+    """A server that knows OpenAI's API and nothing of ours: what it may choke on is left out."""
+
+    kind = "openai"
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, send_priority: bool = False) -> None:
+        self.session = session
+        self.url = url.rstrip("/")
+        self.send_priority = send_priority
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} engine at {self.url}>"
+
+    async def healthy(self) -> bool:
+        """Whether the engine answers and says that it can serve."""
+        try:
+            async with self.session.get(f"{self.url}/health", timeout=PROBE_TIMEOUT) as answer:
+                # A plain OpenAI server may not know the path; that it answers is enough.
+                return answer.status < 500
+        except UNREACHABLE:
+            return False
+
+    async def facts(self) -> Facts:
+        return Facts()
+
+    async def load(self) -> Load | None:
+        """Its metrics, or None when it has none."""
+        return None
+
+    async def set_pace(self, pace_s: float) -> None:
+        """Tell the engine the bound for its iterations, where it listens to that."""
+
+    async def telemetry(self) -> AsyncIterator[Telemetry]:
+        """Its iterations as they end; ends at once where the engine tells nothing."""
+        return
+        yield
+
+    def changes(self, ask: Ask, slo: Slo | None, left_s: float, due_at: float) -> dict[str, object]:
+        """Top-level fields of the body to set, or (None) to leave out, for this engine.
+
+        `left_s` is what is left of the TTFT, `due_at` the first token's deadline on our clock.
+        """
+        changes: dict[str, object] = {key: None for key in ("nvext", "vllm_xargs", "priority") if key in ask.fields}
+        if ask.streamable:
+            if not ask.stream:
+                changes["stream"] = True
+            if not ask.include_usage:
+                options = field(ask.fields, "stream_options") or {}
+                changes["stream_options"] = options | {"include_usage": True}
+        return changes
+
+
+class VllmEngine(OpenAIEngine):
+    """vLLM: metrics, and the SLO in `vllm_xargs`, where our scheduler class finds it."""
+
+    kind = "vllm"
+
+    async def facts(self) -> Facts:
+        load = await self.load()
+        return Facts(kv_tokens=load.kv_capacity_tokens if load else None)
+
+    async def load(self) -> Load | None:
+        try:
+            async with self.session.get(f"{self.url}/metrics", timeout=PROBE_TIMEOUT) as answer:
+                return parsed_metrics(await answer.text()) if answer.status == 200 else None
+        except UNREACHABLE:
+            return None
+
+    def changes(self, ask: Ask, slo: Slo | None, left_s: float, due_at: float) -> dict[str, object]:
+        changes = super().changes(ask, slo, left_s, due_at)
+        xargs = dict(ask.body.get("vllm_xargs") or {})
+        xargs = {key: value for key, value in xargs.items() if not key.startswith("slo_")}
+        if slo is not None:
+            xargs["slo_ttft_ms"] = round(left_s * 1e3, 3)
+            xargs["slo_tpot_ms"] = round(slo.tpot_s * 1e3, 3)
+        if xargs:
+            changes["vllm_xargs"] = xargs
+        if self.send_priority:
+            # Lower goes first in vLLM: the earliest deadline, in milliseconds of our clock.
+            changes["priority"] = LAST_PRIORITY if math.isinf(due_at) else min(int(due_at * 1e3), LAST_PRIORITY - 1)
+        return changes
+
+
+class EmulatedEngine(VllmEngine):
+    """Our emulated engine: vLLM's API, and it tells its iterations and listens to a pace."""
+
+    kind = "emulator"
+
+    async def facts(self) -> Facts:
+        async with self.session.get(f"{self.url}/polyserve/info", timeout=PROBE_TIMEOUT) as answer:
+            return msgspec.json.decode(await answer.read(), type=Facts)
+
+    async def set_pace(self, pace_s: float) -> None:
+        body = {"pace_s": pace_s}
+        async with self.session.post(f"{self.url}/polyserve/pace", json=body, timeout=PROBE_TIMEOUT):
+            pass
+
+    async def telemetry(self) -> AsyncIterator[Telemetry]:
+        decoder = msgspec.json.Decoder(Telemetry)
+        async with self.session.get(f"{self.url}/polyserve/telemetry") as answer:
+            if answer.status == 200:
+                async for line in answer.content:
+                    if line.strip():
+                        yield decoder.decode(line)
+
+
+KINDS: dict[str, type[OpenAIEngine]] = {kind.kind: kind for kind in (OpenAIEngine, VllmEngine, EmulatedEngine)}
+
+
+async def detect(
+    session: aiohttp.ClientSession, url: str, kind: str = "auto", send_priority: bool = False
+) -> OpenAIEngine | None:
+    """The engine that answers at `url`, or None when nothing does."""
+    if kind == "auto":
+        found = await _detected_kind(session, url.rstrip("/"))
+        if found is None:
+            return None
+        kind = found
+    engine = KINDS[kind](session, url, send_priority)
+    return engine if await engine.healthy() else None
+
+
+async def _detected_kind(session: aiohttp.ClientSession, url: str) -> str | None:
+    try:
+        async with session.get(f"{url}/polyserve/info", timeout=PROBE_TIMEOUT) as answer:
+            if answer.status == 200:
+                return EmulatedEngine.kind
+        async with session.get(f"{url}/metrics", timeout=PROBE_TIMEOUT) as answer:
+            text = await answer.text() if answer.status == 200 else ""
+            return VllmEngine.kind if "\nvllm:" in text else OpenAIEngine.kind
+    except UNREACHABLE:
+        return None
+
+
+def parsed_metrics(text: str) -> Load | None:
+    """vLLM's gauges, summed over its engine cores; None when they are not there."""
+    running, waiting = _samples(text, "vllm:num_requests_running"), _samples(text, "vllm:num_requests_waiting")
+    if not running or not waiting:
+        return None
+    shares = _samples(text, "vllm:kv_cache_usage_perc")
+    return Load(
+        running=int(sum(running)),
+        waiting=int(sum(waiting)),
+        kv_share=sum(shares) / len(shares) if shares else None,
+        kv_capacity_tokens=_kv_capacity(text),
+    )
+
+
+def _samples(text: str, name: str) -> list[float]:
+    found = re.findall(rf"^{name}(?:\{{[^\n]*\}})? (\S+)", text, re.MULTILINE)
+    return [value for value in map(float, found) if math.isfinite(value)]
+
+
+def _kv_capacity(text: str) -> int | None:
+    tokens = 0
+    for labels in re.findall(r"^vllm:cache_config_info\{([^\n]*)\}", text, re.MULTILINE):
+        values: Mapping[str, Any] = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        try:
+            tokens += int(values["num_gpu_blocks"]) * int(values["block_size"])
+        except (KeyError, ValueError):
+            return None
+    return tokens or None
+
+
+def chunk_rule(text: str) -> ChunkRule:
+    """`dynamic`, `fixed:N` or `unknown`; raises `ValueError` saying so."""
+    if text in ("dynamic", "unknown"):
+        return ChunkRule("dynamic" if text == "dynamic" else "unknown")
+    kind, _, tokens = text.partition(":")
+    if kind == "fixed" and tokens.isascii() and tokens.isdigit() and int(tokens) > 0:
+        return ChunkRule("fixed", int(tokens))
+    raise ValueError(f"a chunk rule is dynamic, fixed:TOKENS or unknown, not {text!r}")

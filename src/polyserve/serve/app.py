@@ -1,0 +1,172 @@
+"""OpenAI's API at the front: bare ASGI where tokens flow, Starlette for everything else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import uuid
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from polyserve.core.types import Request
+from polyserve.serve import ask as asks
+from polyserve.serve.ask import Ask, Endpoint
+from polyserve.serve.driver import Driver
+from polyserve.serve.errors import ApiError
+from polyserve.serve.estimate import TokenEstimator
+from polyserve.serve.fleet import PATHS, Fleet
+from polyserve.serve.inflight import Inflight, Ticket
+from polyserve.serve.metrics import Metrics
+from polyserve.serve.pace import Paces
+from polyserve.serve.plan import Bounds
+from polyserve.serve.upstream import Exchange, Send
+
+log = logging.getLogger(__name__)
+
+Scope = dict[str, Any]
+
+_ENDPOINTS: dict[str, Endpoint] = {path: endpoint for endpoint, path in PATHS.items()}
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class Receive(Protocol):
+    async def __call__(self) -> Any: ...
+
+
+class App(Protocol):
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None: ...
+
+
+class Front:
+    """The ASGI application of the gateway's listener."""
+
+    def __init__(
+        self,
+        model: str,
+        paces: Paces,
+        bounds: Bounds,
+        driver: Driver,
+        fleet: Fleet,
+        inflight: Inflight,
+        metrics: Metrics,
+        beside: App,
+    ) -> None:
+        self._model = model
+        self._paces = paces
+        self._bounds = bounds
+        self._driver = driver
+        self._fleet = fleet
+        self._inflight = inflight
+        self._metrics = metrics
+        self._beside = beside
+        self.estimator = TokenEstimator()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = _ENDPOINTS.get(scope["path"]) if scope["type"] == "http" else None
+        if endpoint is None or scope["method"] != "POST":
+            await self._beside(scope, receive, send)
+            return
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        client_id = headers.get(b"x-request-id", b"")
+        if not _REQUEST_ID.fullmatch(client_id):
+            client_id = uuid.uuid4().hex.encode()
+        try:
+            await self._complete(endpoint, headers, client_id, receive, send)
+        except ApiError as error:
+            await send_error(send, error, client_id)
+
+    async def _complete(
+        self, endpoint: Endpoint, headers: Mapping[bytes, bytes], client_id: bytes, receive: Receive, send: Send
+    ) -> None:
+        arrived_at = self._driver.now()
+        raw = await _body(headers, receive, self._bounds.body_bytes)
+        if raw is None:
+            return
+        ask = asks.parse(endpoint, raw)
+        if ask.model != self._model:
+            message = f"the model {ask.model!r} does not exist here; there is: {self._model!r}"
+            raise ApiError(404, "model_not_found", message, "model", may_retry=False)
+        request = Request(
+            id=self._internal_id(client_id),
+            arrived_at=arrived_at,
+            prompt_tokens=self.estimator.estimate(ask),
+            slo=self._paces.asked(headers, ask.body),
+            max_tokens=ask.max_tokens,
+            n=ask.n,
+        )
+        ticket = self._inflight.open(request, client_id)
+        if ticket is None:
+            raise ApiError(429, "queue_full", "too many requests are open", retry_after_s=1.0)
+        watch = asyncio.get_running_loop().create_task(_watch(receive, ticket))
+        exchange = Exchange(ticket, ask, headers, send, self._driver)
+        try:
+            await exchange.run(self._fleet, self._bounds.attempts)
+        except asyncio.CancelledError:
+            if not ticket.gone:
+                raise
+            _uncancel()
+        finally:
+            watch.cancel()
+            ticket.close()
+            self._metrics.answered(ticket)
+            self._learn(ask, exchange)
+
+    def _internal_id(self, client_id: bytes) -> str:
+        """The client's id, made unique: the brain and the engines know requests by it."""
+        name = client_id.decode()
+        return f"{name}-{uuid.uuid4().hex[:8]}" if name in self._inflight else name
+
+    def _learn(self, ask: Ask, exchange: Exchange) -> None:
+        if exchange.usage is not None:
+            self.estimator.learn(ask, exchange.usage.prompt_tokens)
+
+
+async def send_error(send: Send, error: ApiError, client_id: bytes) -> None:
+    """An error as the whole answer."""
+    body = error.body
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-request-id", client_id),
+        *error.headers,
+    ]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def _body(headers: Mapping[bytes, bytes], receive: Receive, most: int) -> bytes | None:
+    """The request's body; None when the client left before its end. Raises `ApiError` when it is too large."""
+    too_large = ApiError(413, "request_too_large", f"the body is larger than {most} bytes", may_retry=False)
+    length = headers.get(b"content-length", b"0")
+    if length.isdigit() and int(length) > most:
+        raise too_large
+    pieces: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        piece = message["body"]
+        pieces.append(piece)
+        size += len(piece)
+        if size > most:
+            raise too_large
+        if not message["more_body"]:
+            return b"".join(pieces)
+
+
+async def _watch(receive: Receive, ticket: Ticket) -> None:
+    """Wait for the client to go; the server says so too when the answer is complete, which is too late to matter."""
+    with contextlib.suppress(asyncio.CancelledError):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        ticket.leave()
+
+
+def _uncancel() -> None:
+    task = asyncio.current_task()
+    assert task is not None, "a handler runs in a task"
+    while task.cancelling():
+        task.uncancel()

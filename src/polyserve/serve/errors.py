@@ -1,0 +1,91 @@
+"""Errors as OpenAI clients know them: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import msgspec
+
+from polyserve.core.types import Refuse, RefuseCode
+
+Headers = list[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True)
+class ApiError(Exception):
+    """What a client is told; `retry_after_s` None says that a retry is no use, or that we do not know when."""
+
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+    may_retry: bool = True
+
+    @property
+    def body(self) -> bytes:
+        return msgspec.json.encode(
+            {
+                "error": {
+                    "message": self.message,
+                    "type": _type(self.status),
+                    "param": self.param,
+                    "code": self.code,
+                }
+            }
+        )
+
+    @property
+    def headers(self) -> Headers:
+        """The headers that tell a client whether and when to try again."""
+        headers: Headers = []
+        if self.retry_after_s is not None:
+            # Seconds are whole, and never 0: a client that comes back at once meets the same refusal.
+            headers.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s))))
+            headers.append((b"retry-after-ms", b"%d" % max(1, math.ceil(self.retry_after_s * 1e3))))
+        if not self.may_retry:
+            headers.append((b"x-should-retry", b"false"))
+        return headers
+
+    @property
+    def event(self) -> bytes:
+        """The same as an event, for a stream that has begun."""
+        return b"data: " + self.body + b"\n\n"
+
+
+def _type(status: int) -> str:
+    match status:
+        case 401:
+            return "authentication_error"
+        case 403:
+            return "permission_error"
+        case 404:
+            return "not_found_error"
+        case 429:
+            return "rate_limit_error"
+        case _:
+            return "invalid_request_error" if status < 500 else "server_error"
+
+
+_REFUSALS: dict[RefuseCode, tuple[int, str]] = {
+    "overloaded": (429, "no instance can serve this request in time"),
+    "slo_infeasible": (400, "no instance could keep this pace even when idle; ask for a looser one"),
+    "context_length_exceeded": (400, "prompt and max_tokens are longer than the context of the model"),
+    "no_instances": (503, "no instance is ready"),
+    "queue_full": (429, "the queue of this tier is full"),
+    "queue_timeout": (429, "the request waited longer than the queue allows"),
+}
+# What a client that may retry waits when the core cannot tell: one look at the fleet's tails.
+_UNKNOWN_RETRY_S = 1.0
+
+
+def refusal(refuse: Refuse) -> ApiError:
+    """What the client is told of a request that the core refused."""
+    status, message = _REFUSALS[refuse.code]
+    if refuse.tier is not None:
+        message = f"{message} (tier {refuse.tier!r})"
+    if status == 400:
+        return ApiError(status, refuse.code, message, may_retry=False)
+    retry = _UNKNOWN_RETRY_S if refuse.retry_after_s is None else refuse.retry_after_s
+    return ApiError(status, refuse.code, message, retry_after_s=retry)

@@ -1,0 +1,223 @@
+"""Requests between their arrival and their answer.
+
+A ticket belongs to the task that answers its client. The brain's actions reach that task in one of two ways: an answer
+to `decision`, or, while it reads from an engine, an interruption that is thrown into it. Whatever happens, `close`
+runs and leaves nothing behind, neither here nor in the brain's books.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import TYPE_CHECKING, Literal
+
+from polyserve.core.types import (
+    Arrived,
+    Broken,
+    Cancelled,
+    Corrected,
+    Dispatch,
+    Finished,
+    FirstToken,
+    Refuse,
+    Request,
+    RequestId,
+    TierName,
+)
+from polyserve.serve.driver import Driver
+
+if TYPE_CHECKING:
+    from polyserve.serve.fleet import Node
+
+Interruption = Literal["lost", "evicted", "moved", "silent"]
+Outcome = Literal["ok", "refused", "cancelled", "rejected", "failed"]
+
+
+class Ticket:
+    """One request on its way; made and closed by the task that answers it."""
+
+    def __init__(self, request: Request, client_id: bytes, inflight: Inflight, driver: Driver) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "a ticket belongs to a task"
+        self.request = request
+        self.client_id = client_id  # the request's id as the client knows it
+        self.dispatch: Dispatch | None = None  # the latest
+        self.node: Node | None = None  # that is serving it now
+        self.events = 0  # of the present stream that carried a token
+        self.tokens = 0  # per choice, as far as events tell
+        self.boarded_at = 0.0
+        self.first_at: float | None = None
+        self.last_at = request.arrived_at  # when the client, or the engine, last moved
+        self.lateness_s = -math.inf  # of the latest token against its deadline, the worst so far
+        self.outcome: Outcome | None = None  # set once: the brain knows of the end
+        self.refused_by: TierName | None = None
+        self.gone = False  # the client has left
+        self._inflight = inflight
+        self._driver = driver
+        self._task = task
+        self._decision: Dispatch | Refuse | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._interruption: Interruption | None = None
+        slo = request.slo
+        self._tpot_s = slo.tpot_s if slo else 0.0
+        self._due_at = slo.due_at(request.arrived_at, 0) if slo else math.inf
+
+    def __repr__(self) -> str:
+        return f"<ticket {self.request.id} on {self.node}, {self.tokens} tokens, {self.outcome or 'open'}>"
+
+    async def decision(self) -> Dispatch | Refuse:
+        """What the brain says next of this request."""
+        if self._decision is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        decision, self._decision = self._decision, None
+        assert decision is not None
+        if isinstance(decision, Dispatch):
+            self.dispatch = decision
+        else:
+            self.outcome, self.refused_by = "refused", decision.tier
+        return decision
+
+    def answer(self, decision: Dispatch | Refuse) -> None:
+        """Take the brain's decision to the task."""
+        self._decision = decision
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        elif self.node is not None:
+            self.interrupt("moved")
+
+    def interrupt(self, why: Interruption) -> None:
+        """Make the task leave the engine it reads from."""
+        if self.node is not None and self._interruption is None and self.outcome is None:
+            self._interruption = why
+            self._task.cancel()
+
+    def leave(self) -> None:
+        """The client has gone: make the task stop, wherever it is."""
+        if self.outcome is None and not self.gone:
+            self.gone = True
+            self._task.cancel()
+
+    def interruption(self) -> Interruption | None:
+        """Why `CancelledError` was thrown into the task; None: somebody else wants it to end, or the client has gone.
+
+        A reason is given once, and takes the cancellation back.
+        """
+        why, self._interruption = self._interruption, None
+        if why is not None:
+            self._task.uncancel()
+        return None if self.gone else why
+
+    def board(self, node: Node) -> None:
+        """The engine has the request from now on."""
+        self.node = node
+        self.events = self.tokens = 0
+        self.last_at = self.boarded_at = self._driver.now()
+        node.tickets[self.request.id] = self
+
+    def alight(self) -> None:
+        """The engine has it no longer."""
+        if self.node is not None:
+            self.node.forget(self.request.id)
+            self.node = None
+
+    def advance(self, events: int) -> None:
+        """So many token events have arrived; runs for every chunk of every stream."""
+        now = self._driver.now()
+        node = self.node
+        assert node is not None, "tokens come from an engine"
+        if not self.events:
+            self._first(now, node)
+        self.events += events
+        before = self.tokens
+        self.tokens = tokens = max(1, int(self.events * node.tokens_per_event / self.request.n))
+        if tokens != before and not node.tells:
+            node.progress.token(now, self.request.id, tokens, 1 if self.request.n > 1 else events)
+        late = now - self._due_at - (tokens - 1) * self._tpot_s
+        if late > self.lateness_s:
+            self.lateness_s = late
+        self.last_at = node.moved_at = now
+
+    def finish(self, tokens: int | None, prompt_tokens: int | None = None) -> None:
+        """The stream has come to its end, with exact counts where the engine gave them."""
+        now = self._driver.now()
+        node = self.node
+        assert node is not None, "an end comes from an engine"
+        if tokens:
+            node.learn(self.events, tokens)
+            self.tokens = max(1, tokens // self.request.n)
+        if prompt_tokens and prompt_tokens != self.request.prompt_tokens:
+            self._driver.post(Corrected(now, self.request.id, prompt_tokens))
+        if not self.events:
+            self._first(now, node)
+        self.outcome = "ok"
+        self._driver.post(Finished(now, self.request.id, node.id, self.tokens))
+        self.alight()
+
+    def _first(self, now: float, node: Node) -> None:
+        self.first_at = now
+        self._driver.post(FirstToken(now, self.request.id, node.id))
+
+    def broke(self, delivered: bool) -> None:
+        """The stream ended before its end; the brain decides where it goes on.
+
+        Tokens that the client never got are made again, and so do not count.
+        """
+        node = self.node
+        assert node is not None, "what breaks is a stream from an engine"
+        self._driver.post(Broken(self._driver.now(), self.request.id, node.id, self.tokens if delivered else 0))
+        self.alight()
+
+    def broke_off(self, dispatch: Dispatch) -> None:
+        """The instance had gone before the request could reach it."""
+        self._driver.post(Broken(self._driver.now(), self.request.id, dispatch.instance))
+
+    def close(self) -> None:
+        """Forget the request; if the brain does not know of its end yet, it is told that nobody waits for it."""
+        if not self._inflight.remove(self):
+            return
+        if self.outcome in (None, "failed", "rejected"):
+            self.outcome = self.outcome or "cancelled"
+            self._driver.post(Cancelled(self._driver.now(), self.request.id))
+        self.alight()
+
+
+class Inflight:
+    """All open tickets."""
+
+    def __init__(self, driver: Driver, most: int) -> None:
+        self._driver = driver
+        self._most = most
+        self._tickets: dict[RequestId, Ticket] = {}
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def __contains__(self, request: RequestId) -> bool:
+        return request in self._tickets
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} requests in flight>"
+
+    def get(self, request: RequestId) -> Ticket | None:
+        return self._tickets.get(request)
+
+    @property
+    def waiting(self) -> list[Ticket]:
+        """Those that no engine has."""
+        return [ticket for ticket in self._tickets.values() if ticket.node is None and ticket.outcome is None]
+
+    def open(self, request: Request, client_id: bytes) -> Ticket | None:
+        """Tell the brain of a request; None when there are too many already. Answer it, then `Ticket.close`."""
+        assert request.id not in self._tickets, "the brain knows requests by their id"
+        if len(self._tickets) >= self._most or not self._driver.offer(Arrived(self._driver.now(), request)):
+            return None
+        ticket = self._tickets[request.id] = Ticket(request, client_id, self, self._driver)
+        return ticket
+
+    def remove(self, ticket: Ticket) -> bool:
+        """Forget a ticket; whether it was still known."""
+        return self._tickets.pop(ticket.request.id, None) is not None

@@ -1,0 +1,130 @@
+"""Which pace a request asks for: every way that clients of other gateways know, first found wins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from polyserve.core.types import Slo, Tier, TierName, to_microsecond
+from polyserve.serve.errors import ApiError
+
+BEST_EFFORT = "best-effort"  # in place of a tier's name: no SLO at all
+
+_NUMBER = re.compile(r"\d{1,12}(\.\d{1,9})?")
+# A deadline further off than a day is none; the loosest tier takes it in.
+_LONGEST_MS = 86_400_000.0
+_PAIRS = (
+    (b"x-slo-ttft-ms", b"x-slo-tpot-ms"),
+    (b"x-llm-d-slo-ttft-ms", b"x-llm-d-slo-tpot-ms"),
+)
+_SGL_TTFT, _SGL_TPS = b"x-sgl-ttft-slo-ms", b"x-sgl-tps-slo"
+_TIER = b"x-polyserve-tier"
+# OpenAI's own values of `service_tier`; each may be mapped, and what is not mapped means the default.
+SERVICE_TIERS = ("auto", "default", "flex", "priority", "scale")
+
+# A pair of milliseconds, each None where the client did not say.
+_Asked = tuple[float | None, float | None]
+
+
+@dataclass(frozen=True)
+class Paces:
+    """What the names of paces mean here."""
+
+    tiers: tuple[Tier, ...]
+    service_tiers: Mapping[str, TierName]  # OpenAI's `service_tier` to a tier or `BEST_EFFORT`
+    default: TierName
+
+    def asked(self, headers: Mapping[bytes, bytes], body: Mapping[str, Any]) -> Slo | None:
+        """The SLO asked for, or None for best effort; raises `ApiError` naming what is malformed.
+
+        `body` holds the fields `nvext`, `vllm_xargs` and `service_tier`, as far as they were sent.
+        """
+        name = self._named(headers, body)
+        ttft_ms, tpot_ms = _in_headers(headers)
+        if ttft_ms is None and tpot_ms is None:
+            ttft_ms, tpot_ms = _in_body(body)
+        if ttft_ms is None and tpot_ms is None:
+            tier = self._tier(name)
+            return None if tier is None else Slo(tier.ttft_s, tier.tpot_s)
+        named = self._tier(name) or self._loosest
+        tpot_s = named.tpot_s if tpot_ms is None else to_microsecond(tpot_ms / 1e3)
+        ttft_s = self._usual_ttft_s(tpot_s) if ttft_ms is None else to_microsecond(ttft_ms / 1e3)
+        return Slo(ttft_s, tpot_s)
+
+    def _named(self, headers: Mapping[bytes, bytes], body: Mapping[str, Any]) -> TierName:
+        value = headers.get(_TIER)
+        if value is not None:
+            name = value.decode("latin-1")
+            if name != BEST_EFFORT and all(tier.name != name for tier in self.tiers):
+                there = ", ".join([*(tier.name for tier in self.tiers), BEST_EFFORT])
+                raise _invalid(_TIER.decode(), f"unknown tier {name!r}; there are: {there}")
+            return name
+        wanted = body.get("service_tier")
+        if wanted is None:
+            return self.default
+        if not isinstance(wanted, str) or (wanted not in SERVICE_TIERS and wanted not in self.service_tiers):
+            there = ", ".join(dict.fromkeys([*SERVICE_TIERS, *self.service_tiers]))
+            raise ApiError(400, "invalid_type", f"service_tier is one of {there}, not {wanted!r}", "service_tier")
+        return self.service_tiers.get(wanted, self.default)
+
+    def _tier(self, name: TierName) -> Tier | None:
+        return next((tier for tier in self.tiers if tier.name == name), None)
+
+    @property
+    def _loosest(self) -> Tier:
+        return max(self.tiers, key=lambda tier: tier.tpot_s)
+
+    def _usual_ttft_s(self, tpot_s: float) -> float:
+        """The TTFT that goes with a pace: that of the loosest tier which holds it."""
+        holding = [tier for tier in self.tiers if tier.tpot_s <= tpot_s]
+        if holding:
+            return max(holding, key=lambda tier: tier.tpot_s).ttft_s
+        return min(self.tiers, key=lambda tier: tier.tpot_s).ttft_s
+
+
+def _in_headers(headers: Mapping[bytes, bytes]) -> _Asked:
+    for ttft, tpot in _PAIRS:
+        if ttft in headers or tpot in headers:
+            return _header_ms(headers, ttft), _header_ms(headers, tpot)
+    if _SGL_TTFT in headers or _SGL_TPS in headers:
+        tokens_per_s = _header_ms(headers, _SGL_TPS)
+        return _header_ms(headers, _SGL_TTFT), None if tokens_per_s is None else 1e3 / tokens_per_s
+    return None, None
+
+
+def _in_body(body: Mapping[str, Any]) -> _Asked:
+    nvext = body.get("nvext")
+    router = nvext.get("router") if isinstance(nvext, dict) else None
+    if isinstance(router, dict) and not router.keys().isdisjoint(("ttft_target", "itl_target")):
+        return _field_ms(router, "ttft_target", "nvext.router"), _field_ms(router, "itl_target", "nvext.router")
+    xargs = body.get("vllm_xargs")
+    if isinstance(xargs, dict):
+        return _field_ms(xargs, "slo_ttft_ms", "vllm_xargs"), _field_ms(xargs, "slo_tpot_ms", "vllm_xargs")
+    return None, None
+
+
+def _header_ms(headers: Mapping[bytes, bytes], name: bytes) -> float | None:
+    value = headers.get(name)
+    return None if value is None else _number(value.decode("latin-1"), name.decode())
+
+
+def _field_ms(fields: Mapping[str, Any], key: str, path: str) -> float | None:
+    value = fields.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise _invalid(f"{path}.{key}", f"a number above 0, not {value!r}")
+    return _number(format(value, "f") if isinstance(value, float) else str(value), f"{path}.{key}")
+
+
+def _number(text: str, where: str) -> float:
+    number = float(text) if _NUMBER.fullmatch(text.strip()) else 0.0
+    if number < 1e-3:
+        raise _invalid(where, f"a number above 0, not {text!r}")
+    return min(number, _LONGEST_MS)
+
+
+def _invalid(where: str, what: str) -> ApiError:
+    return ApiError(400, "invalid_slo", f"{where}: {what}", where, may_retry=False)

@@ -1,0 +1,81 @@
+"""What a gateway is told before it starts; `polyserve.config` makes it from a YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from polyserve.core.types import ChunkRule, Configured, InstanceId, TierName
+
+EngineKind = Literal["auto", "vllm", "emulator", "openai"]
+Order = Literal["deadline", "fcfs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    host: str
+    port: int
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """One engine to send requests to; what is None the engine is asked, or its profile says."""
+
+    id: InstanceId
+    url: str
+    profile: str
+    kind: EngineKind = "auto"
+    chunk: ChunkRule | None = None
+    order: Order | None = None
+    kv_tokens: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    send_priority: bool = False  # stock vLLM refuses `priority` unless it was started for it
+    launched: bool = False  # by our launcher, which stops it too
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPlan:
+    """Instances as processes of this machine."""
+
+    profile: str
+    command: tuple[str, ...]  # `{port}`, `{profile}` and `{instance}` are filled in
+    environment: Mapping[str, str] = field(default_factory=dict)
+    start_timeout_s: float = 120.0
+    stop_timeout_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How far anything may go."""
+
+    body_bytes: int = 16 * 1024 * 1024
+    open_requests: int = 20_000
+    attempts: int = 3  # dispatches of one request, before its first byte
+    silence_s: float = 300.0  # of a stream, before it counts as broken
+    connect_s: float = 5.0
+    shutdown_s: float = 60.0  # for streams to end by themselves
+    probe_s: float = 1.0  # between two looks at an engine
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything a gateway needs to know."""
+
+    model: str
+    listen: Address
+    admin: Address | None  # None: no admin endpoints; equal to `listen`: on the same listener
+    configured: Configured
+    default_tier: TierName
+    service_tiers: Mapping[str, TierName]
+    engines: tuple[EngineSpec, ...]
+    launcher: LocalPlan | None = None
+    journal: Path | None = None
+    bounds: Bounds = Bounds()

@@ -1,0 +1,298 @@
+"""The way of one request to an engine and of its answer back, byte for byte.
+
+Until the first token has arrived nothing is sent to the client, so any failure before it is mended on another instance
+without anybody noticing. After it the bytes are passed on as they come, in whole events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import logging
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from polyserve.core.types import Dispatch, Refuse
+from polyserve.serve.adapters import UNREACHABLE
+from polyserve.serve.ask import Ask, rewritten
+from polyserve.serve.driver import Driver
+from polyserve.serve.errors import ApiError, Headers, refusal
+from polyserve.serve.fleet import Fleet, Node
+from polyserve.serve.inflight import Ticket
+from polyserve.serve.sse import EventScanner, NotAStreamError, Usage, assembled
+
+log = logging.getLogger(__name__)
+
+Send = Callable[[Any], Awaitable[None]]
+
+# RFC 9110, 7.6.1, and what the two ends of a proxy each say for themselves.
+HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
+    b"transfer-encoding upgrade".split()
+)
+NOT_UPSTREAM = HOP_BY_HOP | frozenset(b"host content-length accept-encoding content-type expect x-request-id".split())
+NOT_DOWNSTREAM = HOP_BY_HOP | frozenset(b"content-length content-encoding date server x-request-id".split())
+OURS = (b"x-polyserve-", b"x-slo-", b"x-llm-d-slo-", b"x-sgl-")
+
+# What remains after `[DONE]` is the end of the chunked body; a connection that gives it is used again.
+GOODBYE_S = 1.0
+LONGEST_ERROR = 1024 * 1024
+# aiohttp writes larger bodies piece by piece if they come as a file.
+LARGE_BODY = 1024 * 1024
+# The engine's answers that another instance may better.
+WORTH_ANOTHER = frozenset((408, 425, 429))
+
+
+class StreamFailedError(Exception):
+    """The engine did not bring the answer to its end; `refused`: nobody listens at its address."""
+
+    def __init__(self, message: str, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+class Exchange:
+    """One request, from its first dispatch to the end of its answer."""
+
+    def __init__(self, ticket: Ticket, ask: Ask, headers: Mapping[bytes, bytes], send: Send, driver: Driver) -> None:
+        self.ticket = ticket
+        self.ask = ask
+        self.status = 200
+        self.usage: Usage | None = None
+        self._headers = headers
+        self._send = send
+        self._now = driver.now
+        self._asked_at = driver.now()
+        self._decided_at = 0.0
+        self._started = False  # the client has got the head of the answer
+
+    def __repr__(self) -> str:
+        return f"<exchange of {self.ticket!r}>"
+
+    async def run(self, fleet: Fleet, attempts: int) -> None:
+        """Answer the client; raises `ApiError` as long as a status can still tell it."""
+        failures = 0
+        while True:
+            decision = await self.ticket.decision()
+            if isinstance(decision, Refuse):
+                raise refusal(decision)
+            self._decided_at = self._now()
+            try:
+                if await self._attempt(fleet.get(decision.instance), decision):
+                    return
+            except StreamFailedError as error:
+                failures += 1
+                log.info("request %s on %s: %s", self.ticket.request.id, decision.instance, error)
+                if self._started or failures >= attempts:
+                    await self._give_up(error)
+                    return
+
+    async def _attempt(self, node: Node | None, dispatch: Dispatch) -> bool:
+        """Whether the client has its answer; False: the brain says where to go next. Raises `StreamFailedError`."""
+        ticket = self.ticket
+        if node is None or node.engine is None:
+            ticket.broke_off(dispatch)
+            raise StreamFailedError("the instance has gone", refused=True)
+        ticket.board(node)
+        try:
+            await self._converse(node, dispatch)
+            return True
+        except asyncio.CancelledError:
+            why = ticket.interruption()
+            if why is None:
+                raise
+            if why != "silent":  # the brain took it off the instance already
+                ticket.alight()
+                if self._started:
+                    raise StreamFailedError(f"its request was {why}") from None
+                return False
+            ticket.broke(delivered=self._started)
+            raise StreamFailedError("no token for too long") from None
+        except StreamFailedError as error:
+            ticket.broke(delivered=self._started)
+            node.suspect(error.refused)
+            raise
+
+    async def _give_up(self, failure: StreamFailedError) -> None:
+        self.ticket.outcome = "failed"
+        error = ApiError(502, "upstream_error", f"the engine failed: {failure}")
+        if not self._started:
+            raise error
+        self.ticket.close()
+        await self._send({"type": "http.response.body", "body": error.event, "more_body": False})
+
+    async def _converse(self, node: Node, dispatch: Dispatch) -> None:
+        response = await self._open(node, dispatch)
+        try:
+            if response.status != 200:
+                await self._reject(response)
+            elif not self.ask.streamable:
+                await self._relay_whole(response)
+            elif not response.content_type.startswith("text/event-stream"):
+                raise StreamFailedError(f"it sent {response.content_type} in place of an event stream")
+            else:
+                await self._relay(response, dispatch)
+        except UNREACHABLE as error:
+            raise StreamFailedError(f"its stream broke: {_why(error)}") from error
+        finally:
+            response.close()  # which cancels the request on the engine, unless the answer was read to its end
+
+    # -- to the engine
+
+    async def _open(self, node: Node, dispatch: Dispatch) -> aiohttp.ClientResponse:
+        body = self._body(node, dispatch)
+        data: bytes | io.BytesIO = body if len(body) <= LARGE_BODY else io.BytesIO(body)
+        headers = self._upstream_headers()
+        url = node.urls[self.ask.endpoint]
+        try:
+            try:
+                return await node.session.post(url, data=data, headers=headers, allow_redirects=False)
+            except (aiohttp.ServerDisconnectedError, ConnectionResetError, BrokenPipeError):
+                # Most often a kept connection that the engine closed in this very moment: that costs one more try.
+                data = body if len(body) <= LARGE_BODY else io.BytesIO(body)
+                return await node.session.post(url, data=data, headers=headers, allow_redirects=False)
+        except aiohttp.ClientConnectorError as error:
+            raise StreamFailedError(f"it cannot be reached: {_why(error)}", refused=True) from error
+        except UNREACHABLE as error:
+            raise StreamFailedError(f"it did not answer: {_why(error)}") from error
+
+    def _body(self, node: Node, dispatch: Dispatch) -> bytes:
+        assert node.engine is not None, "a dispatch goes to an engine that was met"
+        slo, arrived_at = dispatch.slo, self.ticket.request.arrived_at
+        due_at = slo.due_at(arrived_at, 0) if slo else math.inf
+        changes = node.engine.changes(self.ask, slo, max(due_at - self._now(), 0.001), due_at)
+        return rewritten(self.ask.fields, changes) if changes else self.ask.raw
+
+    def _upstream_headers(self) -> dict[str, str]:
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1")
+            for name, value in self._headers.items()
+            if name not in NOT_UPSTREAM and not name.startswith(OURS)
+        }
+        headers["content-type"] = "application/json"
+        headers["accept-encoding"] = "identity"
+        headers["x-request-id"] = self.ticket.request.id
+        return headers
+
+    # -- to the client
+
+    async def _relay(self, response: aiohttp.ClientResponse, dispatch: Dispatch) -> None:
+        """Pass a stream on, or gather it for a client that wants the answer whole."""
+        ticket, send, streaming = self.ticket, self._send, self.ask.stream
+        scanner = EventScanner(strip_usage=not self.ask.include_usage and streaming)
+        read = response.content.readany
+        held: list[bytes] = []  # what came before the first token, or everything for an answer that is sent whole
+        while not scanner.done:
+            data = await read()
+            if not data:
+                raise StreamFailedError("its stream ended before [DONE]")
+            seen = scanner.events
+            try:
+                piece = scanner.feed(data)
+            except NotAStreamError as error:
+                raise StreamFailedError(str(error)) from None
+            if scanner.events != seen:
+                ticket.advance(scanner.events - seen)
+            if scanner.error is not None:
+                raise StreamFailedError(f"it says {scanner.error[:300].decode(errors='replace')}")
+            if self._started and not scanner.done:
+                if piece:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                continue
+            held.append(piece)
+            if streaming and scanner.events and not scanner.done:
+                await self._start(response, dispatch, [])
+                await send({"type": "http.response.body", "body": b"".join(held), "more_body": True})
+                held.clear()
+        answer = b"".join(held) if streaming else self._assemble(held)
+        self._finish(scanner.usage)
+        await self._end(response, dispatch, answer)
+
+    def _assemble(self, pieces: list[bytes]) -> bytes:
+        try:
+            return assembled(b"".join(pieces), chat=self.ask.endpoint == "chat")
+        except NotAStreamError as error:
+            raise StreamFailedError(str(error)) from None
+
+    async def _relay_whole(self, response: aiohttp.ClientResponse) -> None:
+        """An answer that no engine streams: its tokens are seen only when all are there."""
+        answer = await response.read()
+        try:
+            usage = msgspec.json.decode(answer, type=_Whole).usage
+        except msgspec.MsgspecError:
+            raise StreamFailedError("its answer is no completion") from None
+        self.ticket.advance(1)
+        self._finish(usage)
+        await self._end(response, self.ticket.dispatch, answer)
+
+    async def _reject(self, response: aiohttp.ClientResponse) -> None:
+        """Pass on what the engine has against the request; what is not the request's fault is a failure."""
+        status = response.status
+        answer = await response.content.read(LONGEST_ERROR)
+        if status < 400 or status >= 500 or status in WORTH_ANOTHER:
+            text = answer[:300].decode(errors="replace")
+            raise StreamFailedError(f"it answered {status}: {text}")
+        self.status = status
+        self.ticket.outcome = "rejected"
+        self.ticket.close()
+        await self._end(response, self.ticket.dispatch, answer)
+
+    def _finish(self, usage: Usage | None) -> None:
+        self.usage = usage
+        self.ticket.finish(usage.completion_tokens if usage else None, usage.prompt_tokens if usage else None)
+
+    async def _end(self, response: aiohttp.ClientResponse, dispatch: Dispatch | None, answer: bytes) -> None:
+        """Send the last of the answer, and the head before it where it is still to come."""
+        if not self._started:
+            whole = [(b"content-length", b"%d" % len(answer))]
+            if not self.ask.stream and self.status == 200:
+                whole.append((b"content-type", b"application/json"))
+            await self._start(response, dispatch, whole)
+        await self._send({"type": "http.response.body", "body": answer, "more_body": False})
+        with contextlib.suppress(*UNREACHABLE):
+            async with asyncio.timeout(GOODBYE_S):
+                while await response.content.readany():
+                    pass
+
+    async def _start(self, response: aiohttp.ClientResponse, dispatch: Dispatch | None, more: Headers) -> None:
+        named = {name for name, _ in more}
+        headers = [
+            (lower, value)
+            for name, value in response.raw_headers
+            if (lower := name.lower()) not in NOT_DOWNSTREAM and lower not in named
+        ]
+        self._started = True
+        head = [*headers, *more, *self._our_headers(dispatch)]
+        await self._send({"type": "http.response.start", "status": self.status, "headers": head})
+
+    def _our_headers(self, dispatch: Dispatch | None) -> Headers:
+        ticket = self.ticket
+        headers: Headers = [(b"x-request-id", ticket.client_id)]
+        if dispatch is None:
+            return headers
+        arrived_at = ticket.request.arrived_at
+        queue_s = self._decided_at - self._asked_at
+        overhead_s = (self._asked_at - arrived_at) + (ticket.boarded_at - self._decided_at)
+        headers += [
+            (b"x-polyserve-tier", (dispatch.tier or "best-effort").encode()),
+            (b"x-polyserve-instance", dispatch.instance.encode()),
+            (b"x-polyserve-promoted", b"true" if dispatch.promoted else b"false"),
+            (b"x-polyserve-queue-ms", b"%.3f" % (queue_s * 1e3)),
+            (b"x-polyserve-overhead-ms", b"%.3f" % (overhead_s * 1e3)),
+        ]
+        if dispatch.predicted_ttft_s is not None:
+            headers.append((b"x-polyserve-predicted-ttft-ms", b"%.1f" % (dispatch.predicted_ttft_s * 1e3)))
+        return headers
+
+
+class _Whole(msgspec.Struct):
+    usage: Usage | None = None
+
+
+def _why(error: BaseException) -> str:
+    return str(error) or type(error).__name__
