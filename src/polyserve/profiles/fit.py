@@ -32,14 +32,15 @@ class Shapes:
 
     def where(self, mask: NDArray[np.bool_]) -> Shapes:
         """The rows that `mask` keeps."""
-        return Shapes(
-            self.prefill[mask], self.decodes[mask], self.kv[mask], self.attention[mask], self.seconds[mask]
-        )
+        return Shapes(self.prefill[mask], self.decodes[mask], self.kv[mask], self.attention[mask], self.seconds[mask])
 
 
 @dataclass(frozen=True)
 class Law:
-    """The numbers of one fitted law, and its relative errors on what it was fitted to."""
+    """The numbers of one fitted law, and its relative errors on what it was fitted to.
+
+    `mean_error` is the mean over the kinds of batch (decodes alone, prefill alone, both) of their mean errors.
+    """
 
     knots: tuple[float, ...]
     knot_s: tuple[float, ...]
@@ -54,14 +55,17 @@ class Law:
 def fit_law(shapes: Shapes, knots: tuple[float, ...]) -> Law:
     """The monotone law with those knots (rising, from 0) of least mean squared relative error.
 
-    Raises `ProfileError` when there is nothing to fit.
+    Decodes alone, prefill alone and both together weigh the same, however many rows there are of each. Raises
+    `ProfileError` when there is nothing to fit.
     """
     if len(shapes) < len(knots) + 3 or not np.all(shapes.seconds > 0):
         raise ProfileError(f"a fit wants at least {len(knots) + 3} iterations of positive duration")
     rises = _rises(shapes.prefill + shapes.decodes, np.asarray(knots))
     terms = np.column_stack([rises, shapes.decodes, shapes.kv, shapes.attention]) / shapes.seconds[:, None]
     scale = np.maximum(np.linalg.norm(terms, axis=0), 1e-300)
-    numbers = nonnegative_least_squares(terms / scale, np.ones(len(shapes))) / scale
+    weight = _weights(shapes)
+    root = np.sqrt(weight)
+    numbers = nonnegative_least_squares(terms / scale * root[:, None], root) / scale
     errors = np.abs(terms @ numbers - 1.0)
     values = np.cumsum(numbers[:-3])
     return Law(
@@ -70,10 +74,18 @@ def fit_law(shapes: Shapes, knots: tuple[float, ...]) -> Law:
         per_decode_s=float(numbers[-3]),
         per_kv_token_s=float(numbers[-2]),
         per_attention_s=float(numbers[-1]),
-        mean_error=float(errors.mean()),
+        mean_error=float((errors * weight).sum()),
         p99_error=float(np.quantile(errors, 0.99)),
         max_error=float(errors.max()),
     )
+
+
+def _weights(shapes: Shapes) -> Floats:
+    """A weight per row; each kind of batch has the same sum, all together 1."""
+    kind = 2 * (shapes.prefill > 0) + (shapes.decodes > 0)
+    present, rows = np.unique(kind, return_inverse=True)
+    weights: Floats = 1.0 / (len(present) * np.bincount(rows)[rows])
+    return weights
 
 
 def _rises(tokens: Floats, knots: Floats) -> Floats:

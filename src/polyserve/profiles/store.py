@@ -32,9 +32,7 @@ def load(name_or_path: str | Path) -> Profile:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ProfileError(
-            f"{name}: no such profile file; shipped are: {', '.join(shipped_names())}"
-        ) from None
+        raise ProfileError(f"{name}: no such profile file; shipped are: {', '.join(shipped_names())}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ProfileError(f"{name}: cannot be read as a profile: {error}") from None
     return _parsed(text, name)
