@@ -121,9 +121,7 @@ def _table(file: Traversable | Path, name: str) -> Table:
             text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
             table = _csv(text, name) if kind.endswith(".csv") else _json_lines(text, name)
         else:
-            raise TraceError(
-                f"{name}: a trace file ends in {', '.join(FORMATS)} (or .gz behind the first two)"
-            )
+            raise TraceError(f"{name}: a trace file ends in {', '.join(FORMATS)} (or .gz behind the first two)")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise TraceError(f"{name}: cannot be read: {error}") from None
     if not table or not len(next(iter(table.values()))):
@@ -199,9 +197,7 @@ def _column(name: str, table: Table, columns: dict[str, str], field: str, usual:
     by_lower = {column.lower(): column for column in reversed(table)}
     found = next((by_lower[u] for u in usual if u in by_lower), None)
     if found is None:
-        raise TraceError(
-            f"{name}: no column of {field} tokens (such as {usual[0]!r}); there are: {', '.join(table)}"
-        )
+        raise TraceError(f"{name}: no column of {field} tokens (such as {usual[0]!r}); there are: {', '.join(table)}")
     return found
 
 
@@ -278,9 +274,7 @@ def _blocks(name: str, table: Table, columns: dict[str, str]) -> Blocks | None:
         try:
             blocks.append(tuple(int(i) for i in (cell.split() if isinstance(cell, str) else cell)))  # type: ignore[attr-defined]
         except (TypeError, ValueError):
-            raise TraceError(
-                f"{name}: column {column!r}, row {row}: {_shown(cell)} is no list of block ids"
-            ) from None
+            raise TraceError(f"{name}: column {column!r}, row {row}: {_shown(cell)} is no list of block ids") from None
     return tuple(blocks)
 
 
