@@ -17,6 +17,7 @@ import typer
 
 if TYPE_CHECKING:
     from polyserve.core.types import ChunkRule
+    from polyserve.report import Facts, Score
     from polyserve.sim.scenario import Prepared, Result
 
 app = typer.Typer(
@@ -143,9 +144,7 @@ def simulate(
     )
     if plot and not plot.lower().endswith(".png"):
         raise UsageError(f"--plot: a file that ends in .png, not {plot!r}")
-    for option, path in (("--json", json_to), ("--journal", journal), ("--plot", plot)):
-        if not (parent := Path(path).parent).is_dir():  # said now, not after minutes of simulation
-            raise UsageError(f"{option}: there is no folder {str(parent)!r} for {path!r}")
+    _folders({"--json": json_to, "--journal": journal, "--plot": plot})
     prepared = prepare(scenario)
     _tell(_simulated(prepared, journal), prepared, json_to, plot)
 
@@ -162,6 +161,14 @@ def _simulated(prepared: Prepared, journal: str) -> Result:
 
 
 def _tell(result: Result, prepared: Prepared, json_to: str, plot: str) -> None:
+    _print_report(result.score, result.facts, json_to)
+    if plot:
+        from polyserve.plot import draw_loads
+
+        draw_loads(result.run.looks, [t.name for t in prepared.spec.tiers], plot, result.facts)
+
+
+def _print_report(result: Score, facts: Facts, json_to: str) -> None:
     """The table on stdout, or on stderr when stdout is for JSON."""
     import json
 
@@ -172,17 +179,20 @@ def _tell(result: Result, prepared: Prepared, json_to: str, plot: str) -> None:
     console = Console(stderr=json_to == "-", highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(stderr=json_to == "-", highlight=False, soft_wrap=True, width=120)
-    console.print(report.table(result.score, result.facts))
+    console.print(report.table(result, facts))
     if json_to:
-        text = json.dumps(report.to_dict(result.score, result.facts), indent=2, allow_nan=False)
+        text = json.dumps(report.to_dict(result, facts), indent=2, allow_nan=False)
         if json_to == "-":
             print(text)
         else:
             Path(json_to).write_text(text + "\n", encoding="utf-8")
-    if plot:
-        from polyserve.plot import draw_loads
 
-        draw_loads(result.run.looks, [t.name for t in prepared.spec.tiers], plot, result.facts)
+
+def _folders(files: dict[str, str]) -> None:
+    """Say now that a file cannot be written, not after minutes of work."""
+    for option, path in files.items():
+        if not (parent := Path(path).parent).is_dir():
+            raise UsageError(f"{option}: there is no folder {str(parent)!r} for {path!r}")
 
 
 def _rate(text: str) -> tuple[float | None, float | None]:
@@ -241,6 +251,81 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
             print(f"{done} of {total} {what}", file=sys.stderr, flush=True)
 
     yield say
+
+
+# ------------------------------------------------------------------------------------------------------------- replay
+
+
+@app.command()
+def replay(
+    url: Annotated[str, typer.Option(help="An OpenAI endpoint: http://HOST:PORT, with /v1 or without.")],
+    trace: Annotated[str, typer.Option(help="Trace id, uniform:P/D, or a CSV, JSONL or Parquet file.")] = "azure-conv",
+    columns: Annotated[str, typer.Option(help="The file's own column names: prompt=A,output=B,arrived=C:ms")] = "",
+    model: Annotated[str, typer.Option(help="Default: the one that is served there.")] = "",
+    profile: Annotated[str, typer.Option(help="Leave out what no idle instance of this profile could do.")] = "",
+    rate: Annotated[float | None, typer.Option(help="Requests per second; default as recorded.")] = None,
+    duration: Annotated[float, typer.Option(help="Seconds.")] = 90.0,
+    tpot: Annotated[str, typer.Option(help="TPOT in ms and their shares.")] = "20:.1,30:.2,50:.3,100:.4",
+    ttft: Annotated[str, typer.Option(help="TTFT in ms, drawn evenly among the feasible.")] = "300,500,1000",
+    arrivals: Annotated[str, typer.Option(help="poisson, gamma:CV or recorded.")] = "recorded",
+    best_effort: Annotated[float, typer.Option(help="Share of requests without an SLO.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same requests.")] = 0,
+    api: Annotated[Literal["completions", "chat"], typer.Option(help="chat: prompts of about that length.")] = (
+        "completions"
+    ),
+    max_tokens: Annotated[
+        Literal["exact", "none"],
+        typer.Option(help="exact: sent as max_tokens; none: hidden where only an emulated engine looks."),
+    ] = "exact",
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Sent as bearer token.")] = "",
+    patience: Annotated[float, typer.Option(help="Seconds to wait for answers after the last request.")] = 120.0,
+    json_to: Annotated[str, typer.Option("--json", metavar="FILE|-", help="Write the report as JSON.")] = "",
+    requests: Annotated[str, typer.Option(metavar="FILE", help="Write what became of each request, as JSONL.")] = "",
+) -> None:
+    """Replay a trace against any OpenAI endpoint and score what the client saw."""
+    import json
+    from functools import partial
+
+    import uvloop
+
+    from polyserve import report
+    from polyserve.core import bound
+    from polyserve.core.types import ChunkRule
+    from polyserve.demand import draw_requests, parse_arrivals, parse_tpot, parse_ttft
+    from polyserve.profiles.store import load
+    from polyserve.serve import replay as replays
+    from polyserve.traces import read_trace
+
+    _folders({"--json": json_to, "--requests": requests})
+    read = read_trace(trace, _pairs("--columns", columns.split(",") if columns else []))
+    paces = parse_tpot(tpot)
+    workload = draw_requests(
+        read,
+        rate=rate,
+        duration_s=duration,
+        tpots=paces,
+        ttfts=parse_ttft(ttft),
+        feasible=partial(bound.feasible, load(profile), ChunkRule()) if profile else replays.anything,
+        arrivals=parse_arrivals(arrivals),
+        best_effort=best_effort,
+        seed=seed,
+    )
+    endpoint = replays.Endpoint(url, model, api, max_tokens, api_key or None, patience)
+    with _progress("requests answered", len(workload)) as advance:
+        seen = uvloop.run(replays.replay(workload, replays.Prompts(read, workload, seed), endpoint, advance))
+    facts = report.Facts(
+        policy=f"live at {url}",
+        trace=trace,
+        seed=seed,
+        infeasible=workload.infeasible,
+        wall_s=seen.wall_s,
+        notes=[replays.lag_note(seen.lag)],
+    )
+    result = report.score(seen.outcomes, replays.window(workload, seen), [tpot_s for tpot_s, _ in paces])
+    _print_report(result, facts, json_to)
+    if requests:
+        rows = replays.to_rows(seen.outcomes)
+        Path(requests).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------ journals

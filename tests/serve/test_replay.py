@@ -222,8 +222,14 @@ async def test_nobody_there_is_said_before_the_first_request() -> None:
 async def test_another_model_is_said_with_those_that_there_are(server: Start) -> None:
     url = await server(streamed)
     workload = workload_of([5])
-    with pytest.raises(ReplayError, match="does not serve 'llama'; there are: m"):
+    with pytest.raises(ReplayError, match="does not serve 'llama'; models there: m"):
         await replay(workload, Prompts(trace_of([5]), workload), Endpoint(url, "llama"))
+
+
+async def test_the_only_model_need_not_be_named(server: Start) -> None:
+    workload = workload_of([5])
+    run = await replay(workload, Prompts(trace_of([5]), workload), Endpoint(await server(streamed)))
+    assert run.outcomes[0].attained
 
 
 async def test_outcomes_score_and_write_like_simulated_ones(server: Start) -> None:

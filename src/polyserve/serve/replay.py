@@ -20,8 +20,8 @@ import aiohttp
 import msgspec
 import numpy as np
 
-from polyserve.core.types import RefuseCode, Request
-from polyserve.demand import Workload
+from polyserve.core.types import RefuseCode, Request, Slo
+from polyserve.demand import Bools, Ints, Workload
 from polyserve.report import Outcome, Percentiles
 from polyserve.serve.streaming_client import Answer, StreamingClient
 from polyserve.serve.token_times import TokenStream, json_object
@@ -46,7 +46,7 @@ class Endpoint:
     """Where requests go and how they are put."""
 
     url: str  # with or without /v1
-    model: str
+    model: str = ""  # the only one that is served there
     api: Literal["completions", "chat"] = "completions"
     # How the endpoint learns the output length. `exact`: `max_tokens` with `ignore_eos`. `none`: in a field
     # that only an emulated engine reads, so that nobody in between knows it in advance.
@@ -146,15 +146,16 @@ async def replay(
     workload: Workload,
     prompts: Prompts,
     endpoint: Endpoint,
-    on_change: Callable[[Outcome], None] = lambda outcome: None,
+    on_answered: Callable[[int], None] = lambda answered: None,
+    live: list[Outcome] | None = None,
 ) -> Replayed:
-    """Send every request at its time and watch its tokens; `on_change` hears of each when sent and when over.
+    """Send every request at its time and watch its tokens. Raises `ReplayError` when nothing there can answer.
 
-    Raises `ReplayError` when nothing listens there before the first request.
+    `on_answered` hears how many requests are over; `live` takes the outcomes while they happen.
     """
-    await reachable(endpoint)
+    endpoint = dataclasses.replace(endpoint, model=await served_model(endpoint))
     loop = asyncio.get_running_loop()
-    run = _Run(endpoint, prompts, on_change, loop.time())
+    run = _Run(endpoint, prompts, on_answered, [] if live is None else live)
     unix = time.time()
     client = StreamingClient(endpoint.base)
     looker = asyncio.create_task(run.watch_loop())
@@ -163,13 +164,12 @@ async def replay(
     finally:
         looker.cancel()
         client.close()
-    sent = Percentiles.of(run.send_lag_s)
-    lag = ClientLag(sent, Percentiles.of(run.loop_lag_s))
+    lag = ClientLag(Percentiles.of(run.send_lag_s), Percentiles.of(run.loop_lag_s))
     return Replayed(run.outcomes, unix, loop.time() - run.start, lag)
 
 
-async def reachable(endpoint: Endpoint) -> list[str]:
-    """The models that the endpoint serves; raises `ReplayError` when it answers nothing or serves another."""
+async def served_model(endpoint: Endpoint) -> str:
+    """The endpoint's model, or the only one there is when it names none; raises `ReplayError` when there is none."""
     base = endpoint.base
     auth = {"authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
     try:
@@ -184,25 +184,29 @@ async def reachable(endpoint: Endpoint) -> list[str]:
     if status != 200 or not isinstance(answer.get("data"), list):
         raise ReplayError(f"{base}/v1/models answers {status}: not an OpenAI endpoint, or the key is wrong")
     models = [str(m.get("id")) for m in answer["data"] if isinstance(m, dict)]
-    if endpoint.model not in models:
-        raise ReplayError(f"{base} does not serve {endpoint.model!r}; there are: {', '.join(models) or 'none'}")
-    return models
+    if endpoint.model in models:
+        return endpoint.model
+    if not endpoint.model and len(models) == 1:
+        return models[0]
+    there = ", ".join(models) or "none"
+    raise ReplayError(f"{base} does not serve {endpoint.model!r}; models there: {there}")
 
 
 class _Run:
     """One replay while it runs."""
 
     def __init__(
-        self, endpoint: Endpoint, prompts: Prompts, on_change: Callable[[Outcome], None], start: float
+        self, endpoint: Endpoint, prompts: Prompts, on_answered: Callable[[int], None], outcomes: list[Outcome]
     ) -> None:
         self.endpoint = endpoint
         self.prompts = prompts
-        self.on_change = on_change
-        self.start = start
-        self.outcomes: list[Outcome] = []
+        self.outcomes = outcomes
         self.send_lag_s: list[float] = []
         self.loop_lag_s: list[float] = []
+        self._on_answered = on_answered
+        self._answered = 0
         self._now = asyncio.get_running_loop().time
+        self.start = self._now()
 
     def now(self) -> float:
         return self._now() - self.start
@@ -225,7 +229,6 @@ class _Run:
                 self.outcomes.append(outcome)
                 self.send_lag_s.append(outcome.arrived_at - request.arrived_at)
                 streams.add(asyncio.create_task(self._stream(client, request, outcome, data)))
-                self.on_change(outcome)
             await asyncio.wait(streams, timeout=self.endpoint.patience_s)
         finally:
             for stream in streams:
@@ -261,7 +264,8 @@ class _Run:
         finally:
             outcome.instance = answer.headers.get("x-polyserve-instance")
             outcome.promoted = answer.headers.get("x-polyserve-promoted") == "true"
-            self.on_change(outcome)
+            self._answered += 1
+            self._on_answered(self._answered)
 
 
 def _refused(outcome: Outcome, status: int, answer: bytes) -> None:
@@ -278,6 +282,11 @@ def _finished(outcome: Outcome, tokens: TokenStream) -> None:
         outcome.ending = "finished"
     else:
         outcome.ending, outcome.code = "failed", ended.error or "stream_cut"
+
+
+def anything(prompts: Ints, outputs: Ints, slo: Slo) -> Bools:
+    """Every request is feasible: for endpoints of which no profile is known."""
+    return np.ones(len(prompts), np.bool_)
 
 
 def window(workload: Workload, replayed: Replayed) -> tuple[float, float]:
