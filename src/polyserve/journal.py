@@ -300,14 +300,19 @@ def replay(path: str | Path) -> Replay:
     """Feed a journal's events to a new controller and compare actions; stops at the first that differs."""
     controller = Controller()
     journal = read_journal(path)
-    for steps, (now, event, actions) in enumerate(journal):
+    steps, then = 0, -math.inf
+    for now, event, actions in journal:
+        where = f"{journal.path}:{journal.line}"
         if (steps == 0) != isinstance(event, Configured):
-            raise JournalError(f"{journal.path}:{journal.line}: Configured is the first event, and only the first")
+            raise JournalError(f"{where}: Configured is the first event, and comes once")
+        if now < then:
+            raise JournalError(f"{where}: now is {now:.6f} after {then:.6f}")
+        steps, then = steps + 1, now
         replayed = [to_plain(action) for action in controller.step(now, event)]
         recorded = [to_plain(action) for action in actions]
         if replayed != recorded:
-            return Replay(journal.line, False, Mismatch(journal.line, now, event, recorded, replayed))
-    return Replay(journal.line - journal.torn, journal.torn, None)
+            return Replay(steps, False, Mismatch(journal.line, now, event, recorded, replayed))
+    return Replay(steps, journal.torn, None)
 
 
 def _shown(actions: list[Plain]) -> str:

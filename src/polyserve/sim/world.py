@@ -516,8 +516,9 @@ class World:
         now = self.loop.now
         seen: list[Event] = [FirstToken(now, request, station.id) for request in result.first]
         for request in result.preempted:
-            station.residents[request].outcome.preemptions += 1
-            seen.append(Preempted(now, request, station.id))
+            if stream := station.residents.get(request):  # it may have been taken off since
+                stream.outcome.preemptions += 1
+                seen.append(Preempted(now, request, station.id))
         for done in result.finished:
             stream = station.residents.pop(done.id)
             if done.id in self._live:
