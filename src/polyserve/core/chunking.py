@@ -65,7 +65,7 @@ def chunk_law(instance: Instance, profile: Profile, bound: str = "pace", floor: 
 
 
 def fit_chunks(
-    profile: Profile, bound_s: float, budget: int, decodes: int, kv: float, queue: Sequence[Prefill]
+    profile: Profile, bound_s: float, budget: int, decodes: float, kv: float, queue: Sequence[Prefill]
 ) -> list[int]:
     """Chunks for the prefills, in order, while the iteration keeps within `bound_s` and `budget` tokens."""
     chunks = [0] * len(queue)

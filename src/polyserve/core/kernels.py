@@ -36,7 +36,8 @@ def iteration_s(
     if prefill > 0.0:
         kv_slope *= profile[P_MIXED_KV]
         per_decode += profile[P_MIXED_DECODE]
-    return seconds + per_decode * decodes + kv_slope * kv + profile[P_ATTENTION] * attention + profile[P_HOST]
+    seconds = seconds + per_decode * decodes + kv_slope * kv + profile[P_ATTENTION] * attention + profile[P_HOST]
+    return float(seconds)
 
 
 @njit(cache=True)
@@ -175,11 +176,8 @@ F_MEMORY, F_SEQS, F_PACE, F_PREFILL, F_TOKEN1, F_QUEUED, F_DECODES, F_FIRST, F_P
 
 
 @njit(cache=True)
-def alive(table: NDArray[np.float64], edges: Vector, row: Vector, point: int, h: float) -> float:  # pragma: no cover
-    """Probability that a resident is still there at grid point `point`, `h` iterations ahead."""
-    if row[R_MADE] + h >= row[R_CAP]:
-        return 0.0
-    made = row[R_MADE]
+def bin_of(edges: Vector, made: float) -> int:  # pragma: no cover - compiled
+    """The bin of output lengths that `made` tokens fall into; the plain twin is `plain.bin_of`."""
     low, high = 0, edges.shape[0]
     while high - low > 1:
         middle = (low + high) >> 1
@@ -187,22 +185,24 @@ def alive(table: NDArray[np.float64], edges: Vector, row: Vector, point: int, h:
             low = middle
         else:
             high = middle
-    return table[int(row[R_BAND]), low, point]
+    return low
 
 
 @njit(cache=True)
 def gauge(
     rows: Matrix, count: int, table: NDArray[np.float64], edges: Vector, grid: Vector, out: Matrix
 ) -> None:  # pragma: no cover - compiled
-    """Expected batch and KV over the grid of future iterations; the plain twin is `forecast.gauge`."""
+    """Expected batch and KV over the grid of future iterations; the plain twin is `plain.gauge`."""
     out[:, :] = 0.0
     for i in range(count):
         row = rows[i]
         context = row[R_PROMPT] + row[R_MADE]
         decoding = row[R_LEFT] <= 0.0
+        alive = table[int(row[R_BAND]), bin_of(edges, row[R_MADE])]
+        more = row[R_CAP] - row[R_MADE]
         for p in range(grid.shape[0]):
             h = grid[p]
-            share = alive(table, edges, row, p, h)
+            share = alive[p] if h < more else 0.0
             if share <= 0.0:
                 break
             held = context + h
@@ -216,19 +216,19 @@ def gauge(
 
 @njit(cache=True)
 def at_iteration(line: Vector, grid: Vector, h: float) -> float:  # pragma: no cover - compiled
-    """A line of a gauge at an iteration between grid points."""
+    """A line of a gauge at an iteration between grid points; the plain twin is `plain.at_iteration`."""
     last = grid.shape[0] - 1
     if h >= grid[last]:
-        return line[last]
+        return float(line[last])
     p = 0
     while grid[p + 1] <= h:
         p += 1
-    return line[p] + (line[p + 1] - line[p]) * (h - grid[p]) / (grid[p + 1] - grid[p])
+    return float(line[p] + (line[p + 1] - line[p]) * (h - grid[p]) / (grid[p + 1] - grid[p]))
 
 
 @njit(cache=True)
 def peak_s(profile: Vector, gauged: Matrix, points: int, scale: float) -> float:  # pragma: no cover - compiled
-    """The longest pure-decode iteration over the grid."""
+    """The longest pure-decode iteration over the grid; the plain twin is `plain.peak_s`."""
     peak = 0.0
     for p in range(points):
         if gauged[G_BATCH, p] > 0.0:
@@ -256,9 +256,9 @@ def run_queue(
 ) -> tuple[float, float, float]:  # pragma: no cover - compiled
     """Follow an instance's prefill queue, chunk by chunk as its rule makes them.
 
-    Returns when the candidate's token 0 and token 1 are made (inf beyond `until`), and the smallest slack a decode
-    keeps. `finish[i]` becomes the time of row i's token 0, `finish[count]` the candidate's. The plain twin is
-    `forecast.run_queue`.
+    Returns when the candidate's token 0 and token 1 are made, and the smallest slack a decode keeps. Stops early once
+    the candidate has no token 0 by `until`; what was not reached is inf. `finish[i]` becomes the time of row i's token 0, `finish[count]` the candidate's. The plain twin is
+    `plain.run_queue`.
     """
     order = np.empty(count + 1, np.int64)
     waiting, decodes = 0, 0
@@ -376,7 +376,7 @@ def forecast(
     now: float,
     out: Vector,
 ) -> None:  # pragma: no cover - compiled
-    """Every margin of one candidate on one instance; the plain twin is `forecast.forecast_plain`.
+    """Every margin of one candidate on one instance; the plain twin is `plain.forecast`.
 
     Stops at the first margin below 0 unless `whole`; margins not looked at are nan. `waive`: the candidate's own
     deadline no longer counts.
@@ -384,8 +384,9 @@ def forecast(
     out[:] = np.nan
     points = grid.shape[0]
     memory, peak = np.inf, 0.0
+    alive = table[int(candidate[R_BAND]), bin_of(edges, candidate[R_MADE])]
     for p in range(points):
-        share = alive(table, edges, candidate, p, grid[p])
+        share = alive[p] if candidate[R_MADE] + grid[p] < candidate[R_CAP] else 0.0
         held = candidate[R_PROMPT] + candidate[R_MADE] + grid[p]
         batch = gauged[G_BATCH, p] + share
         kv = gauged[G_KV, p] + share * held
@@ -443,7 +444,7 @@ def roll(
 ) -> float:  # pragma: no cover - compiled
     """Move the books on to `now`: every iteration that has ended since gives tokens; returns when the next one ends.
 
-    A prompt whose first token nobody has seen keeps one token to compute. The plain twin is `forecast.roll`.
+    A prompt whose first token nobody has seen keeps one token to compute. The plain twin is `plain.roll`.
     """
     order = np.empty(count, np.int64)
     remaining, past, chunks = np.empty(count), np.empty(count), np.empty(count)

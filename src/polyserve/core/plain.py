@@ -1,0 +1,333 @@
+"""The compiled loops of the forecast again, over lists and a `Profile`: what `kernels` is held to, and reads like.
+
+Residents are objects here and lines of a gauge are lists; names and units are those of the columns in `kernels`.
+Nothing in the product calls these: they are for tests, and for whoever wants to know what the kernels do.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from polyserve.core import kernels as k
+from polyserve.core.chunking import Prefill, fit_chunks
+from polyserve.core.profile import Profile, attention_work
+
+Line = list[float]  # one value per point of the grid
+Table = Sequence[Sequence[Sequence[float]]]  # chance to be there still, by (band, bin of tokens made, grid point)
+
+
+@dataclass(eq=False, slots=True)
+class Resident:
+    """One row of the books."""
+
+    prompt: float
+    left: float  # prompt tokens still to compute; 0: decodes
+    made: float
+    cap: float  # most output tokens
+    band: int  # row of the length table
+    due: float  # of token 0
+    tpot: float
+    key: float  # by which the engine orders its prefills
+
+    @staticmethod
+    def of(row: Sequence[float]) -> Resident:
+        return Resident(
+            row[k.R_PROMPT], row[k.R_LEFT], row[k.R_MADE], row[k.R_CAP], int(row[k.R_BAND]),
+            row[k.R_DUE], row[k.R_TPOT], row[k.R_KEY],
+        )  # fmt: skip
+
+    @property
+    def decodes(self) -> bool:
+        return self.left <= 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Station:
+    """One instance, as the forecast sees it."""
+
+    kind: int
+    tokens: float  # most tokens of one iteration
+    spend: bool
+    floor: float
+    pace: float
+    kv: float
+    seqs: float
+    block: float
+    scale: float  # on believed iteration times
+    free: float  # when the running iteration ends
+    sigma: float
+
+    @staticmethod
+    def of(inst: Sequence[float]) -> Station:
+        return Station(
+            int(inst[k.I_KIND]), inst[k.I_TOKENS], inst[k.I_SPEND] > 0.0, inst[k.I_FLOOR], inst[k.I_PACE],
+            inst[k.I_KV], inst[k.I_SEQS], inst[k.I_BLOCK], inst[k.I_SCALE], inst[k.I_FREE], inst[k.I_SIGMA],
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Gauge:
+    """Expected batch and KV over the grid: of all residents, and of those that decode now."""
+
+    batch: Line
+    kv: Line
+    variance: Line  # of the KV
+    decodes: Line
+    decode_kv: Line
+
+
+@dataclass(slots=True)
+class Outlook:
+    """What following a queue showed; inf: not in sight."""
+
+    first_at: float = math.inf  # the candidate's token 0
+    second_at: float = math.inf  # and its token 1
+    slack: float = math.inf  # the smallest that a decode keeps
+    finish: dict[Resident, float] = field(default_factory=dict)  # token 0 of everybody queued
+
+
+def alive(table: Table, edges: Sequence[float], resident: Resident, point: int, ahead: float) -> float:
+    """Probability that a resident is still there at grid point `point`, `ahead` iterations on."""
+    if resident.made + ahead >= resident.cap:
+        return 0.0
+    return table[resident.band][max(bisect_right(edges, resident.made) - 1, 0)][point]
+
+
+def gauge(residents: Sequence[Resident], table: Table, edges: Sequence[float], grid: Sequence[float]) -> Gauge:
+    """Expected batch and KV of the residents over the grid of future iterations."""
+    result = Gauge(*([0.0] * len(grid) for _ in range(k.G_ROWS)))
+    for resident in residents:
+        for p, ahead in enumerate(grid):
+            share = alive(table, edges, resident, p, ahead)
+            held = resident.prompt + resident.made + ahead
+            result.batch[p] += share
+            result.kv[p] += share * held
+            result.variance[p] += share * (1.0 - share) * held * held
+            if resident.decodes:
+                result.decodes[p] += share
+                result.decode_kv[p] += share * held
+    return result
+
+
+def at_iteration(line: Line, grid: Sequence[float], ahead: float) -> float:
+    """A line of a gauge at an iteration between grid points."""
+    if ahead >= grid[-1]:
+        return line[-1]
+    p = bisect_right(grid, ahead) - 1
+    return line[p] + (line[p + 1] - line[p]) * (ahead - grid[p]) / (grid[p + 1] - grid[p])
+
+
+def peak_s(profile: Profile, gauged: Gauge, scale: float) -> float:
+    """The longest pure-decode iteration over the grid."""
+    pairs = zip(gauged.batch, gauged.kv, strict=True)
+    return scale * max((profile.iteration_s(0, batch, kv) for batch, kv in pairs if batch > 0.0), default=0.0)
+
+
+def run_queue(
+    profile: Profile,
+    station: Station,
+    residents: Sequence[Resident],
+    gauged: Gauge,
+    grid: Sequence[float],
+    candidate: Resident | None,
+    grow: bool,
+    now: float,
+    until: float,
+) -> Outlook:
+    """Follow an instance's prefill queue, chunk by chunk as its rule makes them.
+
+    Stops early once the candidate has no token 0 by `until`.
+    """
+    outlook = Outlook()
+    queue = [r for r in residents if not r.decodes]
+    queue = sorted([*queue, candidate] if candidate else queue, key=lambda r: r.key)
+    prefills = {r: Prefill(int(r.left), int(r.prompt - r.left)) for r in queue}
+    bank = _Bank.of(residents, now)
+    t, made, joined, joined_kv = station.free, 0, 0.0, 0.0
+    while made < k.LONGEST_RUN and (queue or (candidate and outlook.second_at == math.inf)):
+        if candidate and min(outlook.first_at, t) > until:
+            break
+        ahead = float(made + 1) if grow else 0.0
+        batch = at_iteration(gauged.decodes, grid, ahead) + joined
+        kv = at_iteration(gauged.decode_kv, grid, ahead) + joined_kv
+        waiting = [prefills[r] for r in queue]
+        head_due = queue[0].due if queue else math.inf
+        chunks = _chunks(profile, station, batch, kv, bank.slack(made, t), head_due - t, waiting)
+        work = sum(attention_work(c, w.past) for c, w in zip(chunks, waiting, strict=True))
+        t += profile.iteration_s(sum(chunks), batch, kv, work) * station.scale
+        outlook.slack = min(outlook.slack, bank.slack(made, t))
+        made += 1
+        if outlook.first_at < math.inf and outlook.second_at == math.inf:
+            outlook.second_at = t
+        for resident, chunk in zip(list(queue), chunks, strict=True):
+            before = prefills[resident]
+            after = prefills[resident] = Prefill(before.remaining - chunk, before.past + chunk)
+            if after.remaining:
+                continue
+            queue.remove(resident)
+            outlook.finish[resident] = t
+            if resident is candidate:
+                outlook.first_at = t
+            if grow:
+                joined, joined_kv = joined + 1.0, joined_kv + after.past
+    return outlook
+
+
+@dataclass(frozen=True, slots=True)
+class _Bank:
+    """When the next token of some decode that is not late yet is due, and the tightest of their paces."""
+
+    next_due: float
+    tightest: float
+
+    @staticmethod
+    def of(residents: Sequence[Resident], now: float) -> _Bank:
+        decodes = [(r.due + r.made * r.tpot, r.tpot) for r in residents if r.decodes]
+        on_time = [(due, tpot) for due, tpot in decodes if now <= due < math.inf]
+        if not on_time:
+            return _Bank(math.inf, 0.0)
+        return _Bank(min(due for due, _ in on_time), min(tpot for _, tpot in on_time))
+
+    def slack(self, made: int, t: float) -> float:
+        """What they have left at `t`, `made` iterations on."""
+        return self.next_due + made * self.tightest - t
+
+
+def _chunks(
+    profile: Profile,
+    station: Station,
+    batch: float,
+    kv: float,
+    banked: float,
+    head_slack: float,
+    queue: Sequence[Prefill],
+) -> list[int]:
+    """The chunks of one iteration as `chunking.plan_prefill` makes them, for a batch that is an expectation.
+
+    A forced chunk is taken to be the floor.
+    """
+    if not queue:
+        return []
+    budget = int(station.tokens - batch)
+    if station.kind == k.FIXED or batch < 0.5:
+        return fit_chunks(profile, math.inf, budget, batch, kv, queue)
+    alone = profile.iteration_s(0, batch, kv)
+    banked = banked if banked >= alone else math.inf
+    for bound in (banked,) if station.spend else (min(station.pace, banked), banked):
+        chunks = fit_chunks(profile, bound, budget, batch, kv, queue)
+        if sum(chunks) >= min(station.floor, queue[0].remaining):
+            return chunks
+    whole = max(min(queue[0].remaining, budget), 0)
+    whole_s = profile.iteration_s(whole, batch, kv, attention_work(whole, queue[0].past))
+    forced = head_slack <= whole_s + alone
+    return [min(int(station.floor), whole) if forced else 0, *[0] * (len(queue) - 1)]
+
+
+@dataclass(slots=True)
+class Margins:
+    """The answer of a forecast, every margin computed."""
+
+    memory: float
+    seqs: float
+    pace: float
+    prefill: float
+    token1: float
+    queued: float
+    decodes: float
+    first_at: float
+    peak: float
+
+
+def forecast(
+    profile: Profile,
+    station: Station,
+    residents: Sequence[Resident],
+    table: Table,
+    edges: Sequence[float],
+    grid: Sequence[float],
+    candidate: Resident,
+    *,
+    grow: bool,
+    waive: bool,
+    now: float,
+) -> Margins:
+    """Every margin of one candidate on one instance; `waive`: its own deadline no longer counts."""
+    gauged, with_it = (gauge(group, table, edges, grid) for group in (residents, [*residents, candidate]))
+    memory = min(
+        station.kv - kv - station.sigma * math.sqrt(variance) - 0.5 * station.block * batch
+        for batch, kv, variance in zip(with_it.batch, with_it.kv, with_it.variance, strict=True)
+    )
+    peak = peak_s(profile, with_it, station.scale)
+    joined = run_queue(profile, station, residents, gauged, grid, candidate, grow, now, math.inf)
+    prefill, token1 = candidate.due - joined.first_at, candidate.due + candidate.tpot - joined.second_at
+    if waive:
+        prefill = token1 = math.inf
+    elif math.isinf(candidate.due):
+        token1 = math.inf
+    queued, decodes = _others(profile, station, residents, gauged, grid, joined, grow, now)
+    return Margins(
+        memory, station.seqs - len(residents) - 1, station.pace - peak, prefill, token1, queued, decodes,
+        joined.first_at, peak,
+    )  # fmt: skip
+
+
+def _others(
+    profile: Profile,
+    station: Station,
+    residents: Sequence[Resident],
+    gauged: Gauge,
+    grid: Sequence[float],
+    joined: Outlook,
+    grow: bool,
+    now: float,
+) -> tuple[float, float]:
+    """Margins of those queued and, on an engine whose chunks ignore the pace, of those that decode.
+
+    Who is late without the candidate too does not count against it.
+    """
+    queue = [r for r in residents if not r.decodes and r.due < math.inf]
+    fixed = station.kind == k.FIXED
+    queued = min((_margin(r, joined) for r in queue), default=math.inf)
+    decodes = joined.slack if fixed else math.inf
+    if queued >= 0.0 and decodes >= 0.0:
+        return queued, decodes
+    alone = run_queue(profile, station, residents, gauged, grid, None, grow, now, math.inf)
+    on_time = [r for r in queue if alone.finish.get(r, math.inf) <= r.due]
+    queued = min((_margin(r, joined) for r in on_time), default=math.inf)
+    return queued, math.inf if fixed and alone.slack < 0.0 else decodes
+
+
+def _margin(resident: Resident, outlook: Outlook) -> float:
+    return resident.due - outlook.finish.get(resident, math.inf)
+
+
+def roll(profile: Profile, station: Station, residents: Sequence[Resident], ends_at: float, now: float) -> float:
+    """Move residents on to `now`, chunks by the pace alone; returns when the iteration that runs then ends.
+
+    `ends_at` is when the running one does, below 0 when none runs. A prompt whose first token nobody has seen keeps
+    one token to compute.
+    """
+    for turn in range(65):
+        queue = sorted((r for r in residents if not r.decodes), key=lambda r: r.key)
+        decoding = [r for r in residents if r.decodes]
+        kv = sum(r.prompt + r.made for r in decoding)
+        waiting = [Prefill(int(r.left), int(r.prompt - r.left)) for r in queue]
+        bound = math.inf if station.kind == k.FIXED or not decoding else station.pace
+        chunks = fit_chunks(profile, bound, int(station.tokens) - len(decoding), len(decoding), kv, waiting)
+        work = sum(attention_work(c, w.past) for c, w in zip(chunks, waiting, strict=True))
+        seconds = profile.iteration_s(sum(chunks), len(decoding), kv, work) * station.scale
+        if turn > 0:
+            ends_at += seconds
+        elif ends_at < 0.0:
+            ends_at = now + seconds
+        if ends_at > now:
+            break
+        for resident in decoding:
+            if resident.made + 1.0 < resident.cap:
+                resident.made += 1.0
+        for resident, chunk in zip(queue, chunks, strict=True):
+            resident.left = max(1.0, resident.left - chunk)
+    return max(ends_at, now)
