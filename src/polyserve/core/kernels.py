@@ -301,8 +301,10 @@ def run_queue(
     fixed = inst[I_KIND] == FIXED
     t, head, made, joined, joined_kv = inst[I_FREE], 0, 0, 0.0, 0.0
     first, second, slack = np.inf, np.inf, np.inf
-    while made < LONGEST_RUN and t <= until:
+    while made < LONGEST_RUN:
         if head >= waiting and (not joins or second < np.inf):
+            break
+        if joins and min(first, t) > until:
             break
         ahead = float(made + 1) if grow else 0.0
         batch = at_iteration(gauged[G_DECODES], grid, ahead) + joined
@@ -327,7 +329,7 @@ def run_queue(
                     for i in range(waiting - head):
                         out[i] = 0.0
                     total = 0
-                    whole = min(int(rest[0]), budget)
+                    whole = max(min(int(rest[0]), budget), 0)
                     entry = order[head]
                     due = candidate[R_DUE] if entry == count else rows[entry, R_DUE]
                     whole_s = iteration_s(profile, whole, batch, kv, whole * (behind[0] + 0.5 * whole))

@@ -1,0 +1,369 @@
+"""Every compiled loop of the core against its plain twin, over generated profiles, residents and queues."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polyserve.core import chunking, kernels, plain
+from polyserve.core.chunking import ChunkLaw, Prefill, Verdict
+from polyserve.core.kernels import (
+    DYNAMIC,
+    F_COLUMNS,
+    F_DECODES,
+    F_FIRST,
+    F_MEMORY,
+    F_PACE,
+    F_PEAK,
+    F_PREFILL,
+    F_QUEUED,
+    F_SEQS,
+    F_TOKEN1,
+    FIXED,
+    G_ROWS,
+    I_BLOCK,
+    I_COLUMNS,
+    I_FLOOR,
+    I_FREE,
+    I_KIND,
+    I_KV,
+    I_PACE,
+    I_SCALE,
+    I_SEQS,
+    I_SIGMA,
+    I_SPEND,
+    I_TOKENS,
+    R_BAND,
+    R_CAP,
+    R_COLUMNS,
+    R_DUE,
+    R_KEY,
+    R_LEFT,
+    R_MADE,
+    R_PROMPT,
+    R_TPOT,
+    Matrix,
+    Vector,
+)
+from polyserve.core.lengths import BANDS, EDGES, GRID, LengthModel
+from polyserve.core.profile import Limits, Profile, attention_work
+
+NOW = 100.0
+TIERS = 2
+EDGE_LIST, GRID_LIST = EDGES.tolist(), GRID.tolist()
+
+
+def learned(estimator: str) -> Matrix:
+    """The table of a model that has seen short answers in one tier and long ones in the other."""
+    model = LengthModel(TIERS, 64, "average" if estimator == "average" else "survival")
+    for n in range(60):
+        model.ended(model.row(0, 100), 1 + n % 30)
+        model.ended(model.row(1, 100), 20 + 7 * n)
+    model.refresh([(model.row(1, 100), 500)])
+    return model.table
+
+
+TABLES = {estimator: learned(estimator) for estimator in ("survival", "average")}
+
+milliseconds = st.integers(0, 20_000).map(lambda us: us / 1e6)
+
+
+@st.composite
+def profiles(draw: st.DrawFn) -> Profile:
+    rises = draw(st.lists(st.integers(0, 9), min_size=3, max_size=3))
+    values = np.cumsum([draw(st.integers(1, 9)), *rises]) / 1e3
+    return Profile(
+        "drawn",
+        (0.0, 16.0, 64.0, 256.0),
+        tuple(values.tolist()),
+        per_decode_s=draw(st.sampled_from([0.0, 2e-5, 5e-4])),
+        per_kv_token_s=draw(st.sampled_from([0.0, 1e-6, 1e-5])),
+        per_attention_s=draw(st.sampled_from([0.0, 1e-8, 1e-6])),
+        mixed_kv_factor=draw(st.sampled_from([1.0, 1.7])),
+        mixed_per_decode_s=draw(st.sampled_from([0.0, 1e-4])),
+        host_overhead_s=draw(st.sampled_from([0.0, 1e-3])),
+        limits=Limits(4096, 64, 256),
+    )
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> Prefill:
+    return Prefill(draw(st.integers(1, 150)), draw(st.integers(0, 200)))
+
+
+@given(profiles(), st.floats(0, 600), st.floats(0, 80), st.floats(0, 1e5), st.floats(0, 1e6))
+def test_iterations_take_as_long_as_in_the_plain_law(
+    profile: Profile, prefill: float, decodes: float, kv: float, attention: float
+) -> None:
+    packed = profile.packed
+    assert kernels.iteration_s(packed, prefill, decodes, kv, attention) == profile.iteration_s(
+        prefill, decodes, kv, attention
+    )
+
+
+@given(
+    profiles(), st.floats(0, 0.1), st.integers(0, 60), st.integers(0, 20_000), st.integers(0, 500), st.integers(0, 400)
+)
+def test_the_largest_chunk_is_the_largest_that_a_search_finds(
+    profile: Profile, bound: float, decodes: int, kv: int, past: int, longest: int
+) -> None:
+    def fits(chunk: int) -> bool:
+        return profile.iteration_s(chunk, decodes, kv, attention_work(chunk, past)) <= bound
+
+    searched = max((chunk for chunk in range(1, longest + 1) if fits(chunk)), default=0)
+    assert kernels.largest_chunk(profile.packed, bound, decodes, kv, past, longest) == searched
+    assert profile.largest_chunk(bound, decodes, kv, past, longest) == searched
+
+
+def columns(queue: list[Prefill]) -> tuple[Vector, Vector, Vector]:
+    return (
+        np.array([float(p.remaining) for p in queue]),
+        np.array([float(p.past) for p in queue]),
+        np.full(len(queue), 9.0),
+    )
+
+
+@given(
+    profiles(), st.floats(0, 0.1) | st.just(math.inf), st.integers(-3, 300), st.integers(0, 60), st.integers(0, 20_000),
+    st.lists(prompts(), max_size=5),
+)  # fmt: skip
+def test_chunks_are_fitted_as_by_search(
+    profile: Profile, bound: float, budget: int, decodes: int, kv: int, queue: list[Prefill]
+) -> None:
+    remaining, past, out = columns(queue)
+    total = kernels.fit_chunks(profile.packed, bound, budget, decodes, kv, remaining, past, len(queue), out)
+    wanted = chunking.fit_chunks(profile, bound, budget, decodes, kv, queue)
+    assert (out.tolist(), total) == (wanted, sum(wanted))
+
+
+@st.composite
+def laws(draw: st.DrawFn) -> ChunkLaw:
+    kind = draw(st.sampled_from([DYNAMIC, DYNAMIC, FIXED]))
+    return ChunkLaw(
+        kind, draw(st.sampled_from([4, 20, 100, 256])), draw(st.booleans()), draw(st.sampled_from([1, 16, 64]))
+    )
+
+
+@given(
+    profiles(), laws(), milliseconds, st.integers(0, 20_000), st.lists(milliseconds | st.just(math.inf), max_size=30),
+    milliseconds, st.lists(prompts(), max_size=5),
+)  # fmt: skip
+def test_an_iteration_is_planned_as_by_the_plain_rule(
+    profile: Profile,
+    law: ChunkLaw,
+    pace: float,
+    kv: int,
+    slacks: list[float],
+    head_slack: float,
+    queue: list[Prefill],
+) -> None:
+    remaining, past, out = columns(queue)
+    total, verdict = kernels.plan_prefill(
+        profile.packed, law.kind, law.tokens, law.spend_slack, law.floor, pace, len(slacks), kv,
+        np.array(slacks, float), head_slack, remaining, past, len(queue), out,
+    )  # fmt: skip
+    chunks, wanted = chunking.plan_prefill(profile, law, pace, kv, slacks, head_slack, queue)
+    assert (out.tolist(), total, Verdict(verdict)) == (chunks, sum(chunks), wanted)
+
+
+# --------------------------------------------------------------------------------------------- whole instances
+
+
+class Side(NamedTuple):
+    """One instance as the plain twins see it."""
+
+    station: plain.Station
+    residents: list[plain.Resident]
+    candidate: plain.Resident
+
+
+@dataclass
+class Case:
+    """One instance, its residents and a candidate, in both languages."""
+
+    profile: Profile
+    inst: Vector
+    rows: Matrix
+    candidate: Vector
+    estimator: str
+    grow: bool
+
+    @property
+    def table(self) -> Matrix:
+        return TABLES[self.estimator]
+
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
+    def gauged(self) -> Matrix:
+        out = np.full((G_ROWS, len(GRID)), 9.0)
+        kernels.gauge(self.rows, self.count, self.table, EDGES, GRID, out)
+        return out
+
+    def plainly(self) -> Side:
+        residents = [plain.Resident.of(row) for row in self.rows.tolist()]
+        return Side(plain.Station.of(self.inst.tolist()), residents, plain.Resident.of(self.candidate.tolist()))
+
+    def plain_table(self) -> plain.Table:
+        table: plain.Table = self.table.tolist()
+        return table
+
+
+@st.composite
+def rows(draw: st.DrawFn, candidate: bool = False) -> list[float]:
+    row = [0.0] * R_COLUMNS
+    row[R_PROMPT] = draw(st.integers(1, 200))
+    queued = candidate or draw(st.booleans())
+    row[R_LEFT] = row[R_PROMPT] if candidate else draw(st.integers(1, int(row[R_PROMPT]))) if queued else 0
+    row[R_MADE] = 0 if queued else draw(st.integers(1, 80))
+    row[R_CAP] = draw(st.sampled_from([math.inf, row[R_MADE] + 1, row[R_MADE] + 40]))
+    row[R_BAND] = draw(st.integers(0, (TIERS + 1) * BANDS - 1))
+    bound = draw(st.integers(0, 4)) > 0
+    row[R_TPOT] = draw(st.sampled_from([0.005, 0.01, 0.03])) if bound else 0.0
+    row[R_DUE] = NOW + draw(st.integers(-50, 450)) / 1e3 - row[R_MADE] * row[R_TPOT] if bound else math.inf
+    row[R_KEY] = draw(st.sampled_from([row[R_DUE], NOW]))
+    return row
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    inst = np.zeros(I_COLUMNS)
+    law = draw(laws())
+    inst[I_KIND], inst[I_TOKENS], inst[I_SPEND], inst[I_FLOOR] = law.kind, law.tokens, law.spend_slack, law.floor
+    inst[I_PACE] = draw(st.sampled_from([0.01, 0.02, 0.05, math.inf]))
+    inst[I_KV], inst[I_SEQS] = draw(st.sampled_from([500, 10**6, 10**6])), draw(st.sampled_from([3, 64, 64]))
+    inst[I_BLOCK], inst[I_SIGMA] = draw(st.sampled_from([1, 16])), draw(st.sampled_from([0.0, 1.0]))
+    inst[I_SCALE], inst[I_FREE] = draw(st.sampled_from([1.0, 1.2])), NOW + draw(milliseconds)
+    residents = np.array(draw(st.lists(rows(), max_size=7)), float).reshape(-1, R_COLUMNS)
+    return Case(
+        draw(profiles()), inst, residents, np.array(draw(rows(candidate=True))),
+        draw(st.sampled_from(sorted(TABLES))), draw(st.booleans()),
+    )  # fmt: skip
+
+
+def near(wanted: object) -> object:
+    """Equal but for the order in which a sum was taken."""
+    return pytest.approx(wanted, rel=1e-9, abs=1e-9)
+
+
+@given(cases())
+def test_a_gauge_is_the_sum_over_residents(case: Case) -> None:
+    side = case.plainly()
+    wanted = plain.gauge(side.residents, case.plain_table(), EDGE_LIST, GRID_LIST)
+    gauged = case.gauged()
+    lines = (wanted.batch, wanted.kv, wanted.variance, wanted.decodes, wanted.decode_kv)
+    for line, twin in zip(gauged, lines, strict=True):
+        assert line.tolist() == near(twin)
+    peak_s = kernels.peak_s(case.profile.packed, gauged, len(GRID), 1.2)
+    assert peak_s == near(plain.peak_s(case.profile, wanted, 1.2))
+
+
+@given(st.lists(st.floats(0, 1e4), min_size=len(GRID), max_size=len(GRID)), st.floats(0, 10_000))
+def test_a_line_is_read_between_its_points(line: list[float], ahead: float) -> None:
+    wanted = plain.at_iteration(line, GRID_LIST, ahead)
+    assert kernels.at_iteration(np.array(line), GRID, ahead) == wanted
+    assert min(line) - 1e-9 <= wanted <= max(line) + 1e-9
+
+
+@settings(max_examples=150)
+@given(cases(), st.booleans(), st.sampled_from([math.inf, NOW + 0.05]))
+def test_a_queue_is_followed_as_by_the_plain_rule(case: Case, joins: bool, until: float) -> None:
+    finish = np.full(case.count + 1, 9.0)
+    first, second, slack = kernels.run_queue(
+        case.profile.packed, case.inst, case.rows, case.count, case.gauged(), GRID, case.candidate, joins, case.grow,
+        NOW, until, finish,
+    )  # fmt: skip
+    side = case.plainly()
+    candidate = side.candidate if joins else None
+    gauged = plain.gauge(side.residents, case.plain_table(), EDGE_LIST, GRID_LIST)
+    outlook = plain.run_queue(
+        case.profile, side.station, side.residents, gauged, GRID_LIST, candidate, case.grow, NOW, until
+    )
+    twin = [outlook.finish.get(r, math.inf) for r in (*side.residents, side.candidate)]
+    assert (first, second, slack) == pytest.approx((outlook.first_at, outlook.second_at, outlook.slack))
+    assert finish.tolist() == near(twin)
+
+
+def forecast(case: Case, *, waive: bool, whole: bool) -> Vector:
+    out = np.full(F_COLUMNS, 9.0)
+    kernels.forecast(
+        case.profile.packed, case.inst, case.rows, case.count, case.gauged(), case.table, EDGES, GRID, case.candidate,
+        case.grow, waive, whole, NOW, out,
+    )  # fmt: skip
+    return out
+
+
+@settings(max_examples=150)
+@given(cases(), st.booleans())
+def test_every_margin_is_the_plain_forecasts(case: Case, late: bool) -> None:
+    waive = late or math.isinf(case.candidate[R_DUE])
+    out = forecast(case, waive=waive, whole=True)
+    side = case.plainly()
+    wanted = plain.forecast(
+        case.profile, side.station, side.residents, case.plain_table(), EDGE_LIST, GRID_LIST, side.candidate,
+        grow=case.grow, waive=waive, now=NOW,
+    )  # fmt: skip
+    named = {
+        F_MEMORY: wanted.memory,
+        F_SEQS: wanted.seqs,
+        F_PACE: wanted.pace,
+        F_PREFILL: wanted.prefill,
+        F_TOKEN1: wanted.token1,
+        F_QUEUED: wanted.queued,
+        F_DECODES: wanted.decodes,
+        F_FIRST: wanted.first_at,
+        F_PEAK: wanted.peak,
+    }
+    assert out.tolist() == near([named[column] for column in range(F_COLUMNS)])
+
+
+TESTS = (F_MEMORY, F_SEQS, F_PACE, F_PREFILL, F_TOKEN1, F_QUEUED, F_DECODES)
+
+
+def admits(out: Vector) -> bool:
+    return all(not out[test] < 0.0 for test in TESTS)
+
+
+@settings(max_examples=200)
+@given(cases(), st.booleans())
+def test_a_forecast_that_stops_early_gives_the_same_verdict(case: Case, late: bool) -> None:
+    waive = late or math.isinf(case.candidate[R_DUE])
+    hasty, whole = (forecast(case, waive=waive, whole=whole) for whole in (False, True))
+    assert admits(hasty) == admits(whole)
+    if admits(whole):
+        assert hasty.tolist() == near(whole.tolist())
+
+
+def test_who_waits_behind_an_urgent_candidate_is_followed_beyond_its_deadline() -> None:
+    steady = Profile("steady", (0.0, 256.0), (0.01, 0.01), 0.0, 0.0, 0.0, Limits(10**6, 64, 100))
+    inst = np.zeros(I_COLUMNS)
+    inst[I_KIND], inst[I_TOKENS], inst[I_PACE], inst[I_KV], inst[I_SEQS] = DYNAMIC, 100, 0.05, 10**6, 64
+    inst[I_SCALE], inst[I_FREE] = 1.0, NOW
+    urgent, patient = np.zeros((2, R_COLUMNS))
+    for row, tokens, due in ((urgent, 100, 0.025), (patient, 490, 0.2)):
+        row[R_PROMPT] = row[R_LEFT] = tokens
+        row[R_DUE] = row[R_KEY] = NOW + due
+        row[R_CAP], row[R_TPOT] = math.inf, 0.05
+    case = Case(steady, inst, patient[None, :], urgent, "survival", True)
+    for whole in (False, True):
+        assert forecast(case, waive=False, whole=whole)[F_QUEUED] == near(0.2 - 0.06)
+
+
+@settings(max_examples=150)
+@given(cases(), st.integers(0, 80).map(lambda ms: ms / 1e3), st.booleans())
+def test_books_roll_on_as_by_the_plain_rule(case: Case, elapsed: float, running: bool) -> None:
+    side = case.plainly()
+    ends_at = NOW + 0.004 if running else -1.0
+    wanted = plain.roll(case.profile, side.station, side.residents, ends_at, NOW + elapsed)
+    rolled = case.rows.copy()
+    ends = kernels.roll(case.profile.packed, case.inst, rolled, case.count, ends_at, NOW + elapsed)
+    assert ends == pytest.approx(wanted)
+    assert rolled[:, R_MADE].tolist() == [r.made for r in side.residents]
+    assert rolled[:, R_LEFT].tolist() == [r.left for r in side.residents]
