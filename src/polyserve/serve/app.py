@@ -87,7 +87,7 @@ class Front:
         ask = asks.parse(endpoint, raw)
         if ask.model != self._model:
             message = f"the model {ask.model!r} does not exist here; there is: {self._model!r}"
-            raise ApiError(404, "model_not_found", message, "model", may_retry=False)
+            raise ApiError(404, "model_not_found", message, "model")
         request = Request(
             id=self._internal_id(client_id),
             arrived_at=arrived_at,
@@ -138,7 +138,7 @@ async def send_error(send: Send, error: ApiError, client_id: bytes) -> None:
 
 async def _body(headers: Mapping[bytes, bytes], receive: Receive, most: int) -> bytes | None:
     """The request's body; None when the client left before its end. Raises `ApiError` when it is too large."""
-    too_large = ApiError(413, "request_too_large", f"the body is larger than {most} bytes", may_retry=False)
+    too_large = ApiError(413, "request_too_large", f"the body is larger than {most} bytes")
     length = headers.get(b"content-length", b"0")
     if length.isdigit() and int(length) > most:
         raise too_large

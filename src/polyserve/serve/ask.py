@@ -56,9 +56,9 @@ def parse(endpoint: Endpoint, raw: bytes) -> Ask:
     try:
         fields = _fields.decode(raw)
     except msgspec.ValidationError:
-        raise ApiError(400, "invalid_json", "the body is not a JSON object", may_retry=False) from None
+        raise ApiError(400, "invalid_json", "the body is not a JSON object") from None
     except (msgspec.DecodeError, RecursionError) as error:
-        raise ApiError(400, "invalid_json", f"the body is not JSON: {error}", may_retry=False) from None
+        raise ApiError(400, "invalid_json", f"the body is not JSON: {error}") from None
     model = _value(fields, "model", _string, "a string")
     if model is None:
         raise _missing("model")
@@ -158,8 +158,8 @@ def _completion_prompt(fields: Mapping[str, Raw]) -> tuple[int, int, int | None]
 
 
 def _wrong(key: str, what: str) -> ApiError:
-    return ApiError(400, "invalid_type", f"field {key!r} of the body must be {what}", key, may_retry=False)
+    return ApiError(400, "invalid_type", f"field {key!r} of the body must be {what}", key)
 
 
 def _missing(key: str) -> ApiError:
-    return ApiError(400, "missing_field", f"field {key!r} of the body is missing", key, may_retry=False)
+    return ApiError(400, "missing_field", f"field {key!r} of the body is missing", key)

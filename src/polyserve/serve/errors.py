@@ -14,14 +14,13 @@ Headers = list[tuple[bytes, bytes]]
 
 @dataclass(frozen=True)
 class ApiError(Exception):
-    """What a client is told; `retry_after_s` None says that a retry is no use, or that we do not know when."""
+    """What a client is told."""
 
     status: int
     code: str
     message: str
     param: str | None = None
     retry_after_s: float | None = None
-    may_retry: bool = True
 
     @property
     def body(self) -> bytes:
@@ -44,7 +43,7 @@ class ApiError(Exception):
             # Seconds are whole, and never 0: a client that comes back at once meets the same refusal.
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s))))
             headers.append((b"retry-after-ms", b"%d" % max(1, math.ceil(self.retry_after_s * 1e3))))
-        if not self.may_retry:
+        if self.status < 500 and self.status != 429:
             headers.append((b"x-should-retry", b"false"))
         return headers
 
@@ -86,6 +85,6 @@ def refusal(refuse: Refuse) -> ApiError:
     if refuse.tier is not None:
         message = f"{message} (tier {refuse.tier!r})"
     if status == 400:
-        return ApiError(status, refuse.code, message, may_retry=False)
+        return ApiError(status, refuse.code, message)
     retry = _UNKNOWN_RETRY_S if refuse.retry_after_s is None else refuse.retry_after_s
     return ApiError(status, refuse.code, message, retry_after_s=retry)

@@ -127,4 +127,4 @@ def _number(text: str, where: str) -> float:
 
 
 def _invalid(where: str, what: str) -> ApiError:
-    return ApiError(400, "invalid_slo", f"{where}: {what}", where, may_retry=False)
+    return ApiError(400, "invalid_slo", f"{where}: {what}", where)

@@ -198,12 +198,13 @@ class Exchange:
                 raise StreamFailedError(str(error)) from None
             if scanner.events != seen:
                 ticket.advance(scanner.events - seen)
-            if scanner.error is not None:
-                raise StreamFailedError(f"it says {scanner.error[:300].decode(errors='replace')}")
             if self._started and not scanner.done:
                 if piece:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
-                continue
+                if scanner.error is None:
+                    continue
+            if scanner.error is not None:
+                raise StreamFailedError(f"it says {scanner.error[:300].decode(errors='replace')}")
             held.append(piece)
             if streaming and scanner.events and not scanner.done:
                 await self._start(response, dispatch, [])
