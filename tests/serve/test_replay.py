@@ -240,12 +240,18 @@ async def test_outcomes_score_and_write_like_simulated_ones(server: Start) -> No
 
 
 def test_the_output_length_travels_as_asked() -> None:
-    request = Request("r0", 0.0, 2, Slo(0.3, 0.02))
-    exact = json.loads(body(Endpoint("http://x", "m"), request, 40, [100, 101]))
+    exact = json.loads(body(Endpoint("http://x"), 40, 900, [100, 101]))
     assert (exact["max_tokens"], exact["ignore_eos"]) == (40, True)
-    hidden = json.loads(body(Endpoint("http://x", "m", max_tokens="none"), request, 40, [100, 101]))
+    hidden = json.loads(body(Endpoint("http://x", max_tokens="none"), 40, 900, [100, 101]))
     assert hidden["vllm_xargs"] == {"output_tokens": 40}
-    assert "max_tokens" not in hidden
+    assert hidden["max_tokens"] == 900
+    assert "ignore_eos" not in hidden
+
+
+def test_a_chat_has_about_as_many_words_as_the_prompt_has_tokens() -> None:
+    asked = json.loads(body(Endpoint("http://x", api="chat"), 40, 900, list(range(100, 150))))
+    [message] = asked["messages"]
+    assert len(message["content"].split()) == 50
 
 
 def test_the_pace_travels_in_decimal_milliseconds() -> None:

@@ -112,8 +112,8 @@ class Prompts:
         return ids
 
 
-def body(endpoint: Endpoint, request: Request, output_tokens: int, prompt_ids: list[int]) -> bytes:
-    """The request's JSON."""
+def body(endpoint: Endpoint, output_tokens: int, most_tokens: int, prompt_ids: list[int]) -> bytes:
+    """The request's JSON; no answer of the replay is longer than `most_tokens`."""
     fields: dict[str, Any] = {"model": endpoint.model}
     if endpoint.api == "chat":
         text = " ".join(WORDS[i % len(WORDS)] for i in prompt_ids)
@@ -124,7 +124,8 @@ def body(endpoint: Endpoint, request: Request, output_tokens: int, prompt_ids: l
     if endpoint.max_tokens == "exact":
         fields |= {"max_tokens": output_tokens, "ignore_eos": True}
     else:
-        fields["vllm_xargs"] = {"output_tokens": output_tokens}
+        # A completion that says no bound gets 16 tokens: the same loose one for all tells nothing of this answer.
+        fields |= {"max_tokens": most_tokens, "vllm_xargs": {"output_tokens": output_tokens}}
     return msgspec.json.encode(fields)
 
 
@@ -220,9 +221,10 @@ class _Run:
 
     async def send_all(self, client: StreamingClient, workload: Workload) -> None:
         streams: set[asyncio.Task[None]] = set()
+        most = max(workload.output_tokens)
         try:
             for index, (request, output_tokens) in enumerate(workload):
-                data = body(self.endpoint, request, output_tokens, self.prompts.ids(index))
+                data = body(self.endpoint, output_tokens, most, self.prompts.ids(index))
                 if (ahead := request.arrived_at - self.now()) > 0:
                     await asyncio.sleep(ahead)
                 outcome = Outcome(request.id, self.now(), request.prompt_tokens, request.slo)
