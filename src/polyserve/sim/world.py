@@ -339,19 +339,22 @@ class World:
                 self._take_off(action.request, action.instance)
             case Start():
                 self.loop.at(self.loop.now, Rank.INSTANCE, self._start, action.instance)
-            case Drain():
-                pass
-            case Stop():
-                # A start that the core gave up on may have failed by itself.
+            case Stop() | Assign() | SetPace():
+                # One that died is not there any more, though the core has yet to hear of it.
                 if station := self._stations.get(action.instance):
-                    assert not station.residents, f"{station} was stopped with residents"
-                    self._remove(station)
+                    self._tell(station, action)
+            case Drain():
+                pass  # the core sends nobody there any more, and says Stop
+
+    def _tell(self, station: _Station, action: Stop | Assign | SetPace) -> None:
+        match action:
+            case Stop():
+                assert not station.residents, f"{station} was stopped with residents"
+                self._remove(station)
             case Assign():
-                station = self._stations[action.instance]
                 station.tier = action.tier
-                self._labels.append((self.loop.now, action.instance, action.tier))
+                self._labels.append((self.loop.now, station.id, action.tier))
             case SetPace():
-                station = self._stations[action.instance]
                 station.pace_s = action.pace_s
                 station.engine.set_pace(action.pace_s)
 
