@@ -238,11 +238,12 @@ def _told(path: Path, problem: Any) -> str:
         return f"{path}: {'.'.join(where)}: unknown key; there are: {there}"
     if problem["type"] == "missing":
         return f"{path}: {'.'.join(where)}: is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    said = message[0].lower() + message[1:]
-    if problem["type"] == "value_error":
-        return f"{path}: {'.'.join([*where, said]) if not where else '.'.join(where) + ': ' + said}"
-    return f"{path}: {'.'.join(where)}: {said}, not {problem['input']!r}"
+    if problem["type"] == "value_error":  # ours: it says what would do
+        return ": ".join(
+            [str(path), *([".".join(where)] if where else []), problem["msg"].removeprefix("Value error, ")]
+        )
+    message = problem["msg"]
+    return f"{path}: {'.'.join(where)}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"
 
 
 def _section(where: list[str]) -> type[BaseModel]:

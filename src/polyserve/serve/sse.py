@@ -124,9 +124,9 @@ def assembled(stream: bytes, chat: bool) -> bytes:
         try:
             chunk = msgspec.json.decode(payload, type=dict[str, Any])
             for part in chunk.pop("choices", ()):
-                choice = choices.setdefault(part.get("index", 0), {"index": part.get("index", 0)})
-                _add_choice(choice, part, chat)
-        except (msgspec.MsgspecError, AttributeError, TypeError) as error:
+                index = int(part.get("index", 0))
+                _add_choice(choices.setdefault(index, {"index": index}), part, chat)
+        except (msgspec.MsgspecError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise NotAStreamError(f"an event that is no completion chunk: {error}") from None
         whole.update({key: value for key, value in chunk.items() if value is not None or key not in whole})
     whole["object"] = "chat.completion" if chat else "text_completion"
@@ -166,7 +166,7 @@ def _add_delta(message: dict[str, Any], delta: dict[str, Any]) -> None:
 def _add_tool_calls(calls: list[dict[str, Any]], deltas: list[dict[str, Any]]) -> None:
     for delta in deltas:
         index = delta.pop("index", len(calls))
-        while len(calls) <= index < 1024:  # an engine that counts on further than this is not to be believed
+        if index == len(calls):
             calls.append({"type": "function", "function": {}})
         function = delta.pop("function", None) or {}
         calls[index].update({key: value for key, value in delta.items() if value is not None})
