@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
@@ -19,10 +18,15 @@ from numpy.typing import NDArray
 from polyserve.core.types import InstanceId, TierName
 from polyserve.report import Facts
 
-# Told apart by people who see few colours as well (Okabe and Ito's palette, from hot to cold: tight to loose).
-HUES = ("#D55E00", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#8C6D31", "#5B3A8C")
+# From hot to cold, tight to loose; told apart by people who see few colours as well (Okabe and Ito's palette).
+HUES = ("#D55E00", "#E69F00", "#009E73", "#0072B2")
+MORE_HUES = ("#D55E00", "#E69F00", "#8C6D31", "#009E73", "#56B4E9", "#0072B2", "#5B3A8C", "#CC79A7")
 POOL_HUE = "#7F7F7F"
 EMPTY = 0.12  # of its hue is what an empty instance shows, so that its tier can be seen
+
+
+class PlotError(ValueError):
+    """A run of which there is no picture."""
 
 
 class Look(Protocol):
@@ -49,19 +53,18 @@ def draw_loads(looks: Iterable[Look], tiers: Sequence[TierName], path: str | Pat
         by_time[look.at].append(look)
     times = sorted(by_time)
     if not times:
-        raise ValueError("nothing to draw: the run was too short for a single look")
+        raise PlotError("nothing to draw: the run was too short for a single look")
     instances = sorted({look.instance for at in times for look in by_time[at]}, key=_natural)
-    ranked = _carpet([_ranked(by_time[at], tiers) for at in times], len(instances), tiers)
+    by_rank = carpet([ranked(by_time[at], tiers) for at in times], len(instances), tiers)
     rows = {instance: row for row, instance in enumerate(instances)}
-    own = _carpet([_placed(by_time[at], rows) for at in times], len(instances), tiers)
+    by_instance = carpet([_placed(by_time[at], rows) for at in times], len(instances), tiers)
 
-    mpl.use("Agg")
     height = min(max(0.16 * len(instances), 1.6), 6.0)
     figure = Figure(figsize=(11, 2 * height + 2.0), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     extent = (times[0], times[-1], len(instances) - 0.5, -0.5)
-    for axes, carpet in ((upper, ranked), (lower, own)):
-        axes.imshow(carpet, extent=extent, aspect="auto", interpolation="nearest")
+    for axes, picture in ((upper, by_rank), (lower, by_instance)):
+        axes.imshow(picture, extent=extent, aspect="auto", interpolation="nearest")
         axes.spines[["top", "right"]].set_visible(False)
     upper.set_title("Ranked by load within each tier", loc="left", fontsize=10)
     upper.set_ylabel("instances")
@@ -74,7 +77,7 @@ def draw_loads(looks: Iterable[Look], tiers: Sequence[TierName], path: str | Pat
     figure.savefig(path, dpi=130)
 
 
-def _ranked(looks: Sequence[Look], tiers: Sequence[TierName]) -> list[Look]:
+def ranked(looks: Sequence[Look], tiers: Sequence[TierName]) -> list[Look]:
     """Tightest tier first, the fullest instance of each on top; the pool comes last."""
     order = {tier: rank for rank, tier in enumerate(tiers)}
     last = len(order)
@@ -91,10 +94,10 @@ def _placed(looks: Sequence[Look], rows: dict[InstanceId, int]) -> list[Look | N
     return placed
 
 
-def _carpet(columns: Sequence[Sequence[Look | None]], height: int, tiers: Sequence[TierName]) -> NDArray[np.float64]:
+def carpet(columns: Sequence[Sequence[Look | None]], height: int, tiers: Sequence[TierName]) -> NDArray[np.float64]:
     """The picture: a column per moment, a row per place; white where there is no instance."""
     picture = np.ones((height, len(columns), 3))
-    shades = {tier: _shades(HUES[i % len(HUES)]) for i, tier in enumerate(tiers)}
+    shades = {tier: _shades(hue) for tier, hue in _hues(tiers).items()}
     pool = _shades(POOL_HUE)
     for x, column in enumerate(columns):
         for y, look in enumerate(column):
@@ -102,6 +105,13 @@ def _carpet(columns: Sequence[Sequence[Look | None]], height: int, tiers: Sequen
                 shade = pool if look.tier is None else shades[look.tier]
                 picture[y, x] = shade(min(look.load, 1.0))[:3]
     return picture
+
+
+def _hues(tiers: Sequence[TierName]) -> dict[TierName, str]:
+    if len(tiers) > len(HUES):
+        return {tier: MORE_HUES[i % len(MORE_HUES)] for i, tier in enumerate(tiers)}
+    step = (len(HUES) - 1) / max(len(tiers) - 1, 1)
+    return {tier: HUES[round(i * step)] for i, tier in enumerate(tiers)}
 
 
 def _shades(hue: str) -> LinearSegmentedColormap:
@@ -118,7 +128,7 @@ def _label_rows(axes: Axes, instances: Sequence[InstanceId]) -> None:
 
 
 def _legend(figure: Figure, tiers: Sequence[TierName]) -> None:
-    swatches = [Patch(color=HUES[i % len(HUES)], label=f"{tier} ms") for i, tier in enumerate(tiers)]
+    swatches = [Patch(color=hue, label=f"{tier} ms") for tier, hue in _hues(tiers).items()]
     swatches.append(Patch(color=POOL_HUE, label="no tier"))
     figure.legend(handles=swatches, loc="outside lower left", ncols=len(swatches), frameon=False, fontsize=9)
     figure.text(0.99, 0.012, "pale: empty   dark: pace, memory or seats are full", ha="right", fontsize=9)
