@@ -129,7 +129,7 @@ class Engine:
         self._noise, self._jitter = noise, jitter
         self._correct, self._sigmas = settings.correction, SIGMAS * settings.safety_sigma
         self._ratio, self._variance = 1.0, 0.0
-        self._pace_s = math.inf
+        self.pace_s = math.inf
         self._shape = (0.0, 0.0, 0, 0, 0)
         self._seconds = self._expected = 0.0
         self._slots: dict[RequestId, int] = {}
@@ -204,7 +204,7 @@ class Engine:
 
     def set_pace(self, pace_s: float) -> None:
         """Bound iterations with a dynamic chunk; a tighter running resident bounds them still."""
-        self._pace_s = pace_s
+        self.pace_s = pace_s
 
     def begin(self, now: float) -> float | None:
         """Start the next iteration and say when it ends; None when one runs or there is no work."""
@@ -219,7 +219,7 @@ class Engine:
             self._state,
             self._work,
             now,
-            self._pace_s,
+            self.pace_s,
             self._ratio,
             1.0 + self._sigmas * math.sqrt(self._variance),
         )
