@@ -328,6 +328,52 @@ def replay(
         Path(requests).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+# ------------------------------------------------------------------------------------------------------------- engine
+
+
+@app.command()
+def engine(
+    profile: Annotated[str, typer.Option(help="Profile id or a .json file: how long iterations take.")],
+    port: Annotated[int, typer.Option(help="0: a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    instances: Annotated[int, typer.Option(help="Instances of this process, on consecutive ports.")] = 1,
+    chunk: Annotated[str, typer.Option(help="dynamic or fixed:N.")] = "dynamic",
+    order: Annotated[
+        Literal["deadline", "fcfs"] | None, typer.Option(help="Default: deadline with a dynamic chunk, else fcfs.")
+    ] = None,
+    chunk_bound: Annotated[Literal["pace", "slack"], typer.Option(help="What a dynamic chunk keeps within.")] = "pace",
+    jitter: Annotated[float, typer.Option(help="Spread of iteration times, as a share.")] = 0.0,
+    bias: Annotated[float, typer.Option(help="Iterations take 1 + BIAS times what the profile says.")] = 0.0,
+    believed: Annotated[str, typer.Option(help="Profile that the chunk rule believes; default the same.")] = "",
+    model_name: Annotated[str, typer.Option(help="Model it serves; default the profile's name.")] = "",
+    max_num_seqs: Annotated[int | None, typer.Option(help="Default the profile's.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Default the profile's.")] = None,
+    kv_tokens: Annotated[int | None, typer.Option(help="Default the profile's.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same answers.")] = 0,
+) -> None:
+    """Emulate engines in real time behind vLLM's HTTP API."""
+    from polyserve.engines.server import EngineOptions, run_engine
+
+    options = EngineOptions(
+        profile=profile,
+        port=port,
+        host=host,
+        instances=instances,
+        chunk=chunk,
+        order=order,
+        chunk_bound=chunk_bound,
+        jitter=jitter,
+        bias=bias,
+        believed=believed,
+        model_name=model_name,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_tokens=kv_tokens,
+        seed=seed,
+    )
+    run_engine(options, lambda line: print(line, flush=True))
+
+
 # ------------------------------------------------------------------------------------------------------------ journals
 
 
