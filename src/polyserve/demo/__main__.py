@@ -43,9 +43,9 @@ def main() -> int:
     console = Console(highlight=False, soft_wrap=True)
     try:
         if options.command == "run":
-            run_demo(console, options.config, options.run, options.seconds, options.seed)
+            run_demo(console, options.config, options.run, options.seconds, options.seed, options.patience)
         elif options.command == "up":
-            _up(console, options.config, options.run)
+            _up(console, options.config, options.run, options.patience)
         else:
             _down(console, options.run)
     except (FleetError, configs.ConfigError) as error:
@@ -64,6 +64,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, default=Path("run"), help="folder for logs and records")
     parser.add_argument("--seconds", type=float, default=90.0, help="how long to replay")
     parser.add_argument("--seed", type=int, default=1)
+    # A first start compiles what later ones find in the cache.
+    parser.add_argument("--patience", type=float, default=180.0, help="seconds that the fleet may take to start")
     return parser.parse_args()
 
 
@@ -71,7 +73,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _up(console: Console, config: Path, run: Path) -> None:
+def _up(console: Console, config: Path, run: Path, patience_s: float) -> None:
     """Leave the fleet running, and say how to talk to it."""
     plan = configs.load(config, launch=True)
     fleet = Fleet.running(run)
@@ -81,7 +83,7 @@ def _up(console: Console, config: Path, run: Path) -> None:
         fleet = Fleet.start(config, run, console.print)
         try:
             with console.status("starting four engines and the gateway"):
-                fleet.wait_ready(instances_of(plan.configured))
+                fleet.wait_ready(instances_of(plan.configured), patience_s)
         except BaseException:
             fleet.stop()
             raise

@@ -22,7 +22,6 @@ import yaml
 from polyserve.core.settings import Settings
 from polyserve.core.types import Configured
 
-READY_S = 180.0  # a first start compiles what later ones find in the cache
 STOP_S = 20.0
 LOOK_S = 0.1
 LOG_LINES = 15
@@ -99,14 +98,14 @@ class Fleet:
         except ValueError:
             return text
 
-    def wait_ready(self, instances: int) -> None:
+    def wait_ready(self, instances: int, patience_s: float) -> None:
         """Come back when so many instances are ready; raises `FleetError`."""
-        deadline = time.monotonic() + READY_S
+        deadline = time.monotonic() + patience_s
         while self._ready() < instances:
             if not self.alive:
                 raise FleetError(f"the fleet ended before it was ready; {self._log()}")
             if time.monotonic() > deadline:
-                raise FleetError(f"the fleet was not ready after {READY_S:.0f} s; {self._log()}")
+                raise FleetError(f"the fleet was not ready after {patience_s:.0f} s; {self._log()}")
             time.sleep(LOOK_S)
 
     def _ready(self) -> int:

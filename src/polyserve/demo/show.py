@@ -72,7 +72,7 @@ class Live:
         return f"{len(self.outcomes)} of {self.total} sent, {self.over - refused} answered, {refused} refused"
 
 
-def run_demo(console: Console, config: Path, run: Path, seconds: float, seed: int) -> None:
+def run_demo(console: Console, config: Path, run: Path, seconds: float, seed: int, patience_s: float) -> None:
     """Replay, simulate, print; nothing is left running. Raises `ConfigError` or `FleetError`."""
     stage = prepare(config, seconds, seed)
     load_said = f"{stage.workload.rate:.1f}/s, {stage.workload.rate / stage.optimal_rate:.0%} of the best possible"
@@ -83,7 +83,7 @@ def run_demo(console: Console, config: Path, run: Path, seconds: float, seed: in
     fleet = Fleet.start(config, run, console.print)
     try:
         with console.status("starting the engines and the gateway"):
-            fleet.wait_ready(stage.instances)
+            fleet.wait_ready(stage.instances, patience_s)
         live = Live(len(stage.workload))
         with progress(console, live) as show:
             replayed = uvloop.run(replay_live(stage, fleet.url, live, show))

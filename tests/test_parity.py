@@ -1,0 +1,108 @@
+"""The promise that makes plans worth something: simulated and live, the same requests fare the same."""
+
+import socket
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvloop
+import yaml
+
+from polyserve import config as configs
+from polyserve.core import bound
+from polyserve.core.settings import Settings
+from polyserve.core.types import ChunkRule
+from polyserve.demand import Arrivals, Workload, draw_requests, parse_tpot, parse_ttft
+from polyserve.demo.fleet import Fleet
+from polyserve.profiles.store import load
+from polyserve.report import Outcome, score
+from polyserve.serve.replay import Endpoint, Prompts, Replayed, lag_note, replay, window
+from polyserve.sim.world import SimulationSpec, simulate
+from polyserve.traces import read_trace
+
+pytestmark = pytest.mark.live
+
+PROFILE = "a100-llama-3-8b"
+INSTANCES = 2
+SECONDS = 35.0
+RATE = 9.0
+CONFIG = {
+    "model": "llama-3-8b",
+    "profile": PROFILE,
+    "tiers": [
+        {"name": "agent", "tpot_ms": 30, "ttft_ms": 500},
+        {"name": "report", "tpot_ms": 100, "ttft_ms": 1000},
+    ],
+    "launcher": {"kind": "local", "min": INSTANCES, "max": INSTANCES},
+}
+TRACE = read_trace("azure-conv")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        listen = {"host": "127.0.0.1", "port": probe.getsockname()[1]}
+    path = tmp_path_factory.mktemp("parity") / "fleet.yaml"
+    path.write_text(yaml.safe_dump(CONFIG | {"listen": listen}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def workload() -> Workload:
+    return draw_requests(
+        TRACE,
+        rate=RATE,
+        duration_s=SECONDS,
+        tpots=parse_tpot("30:.5,100:.5"),
+        ttfts=parse_ttft("300,500,1000"),
+        feasible=partial(bound.feasible, load(PROFILE), ChunkRule()),
+        arrivals=Arrivals("poisson"),
+        seed=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def live(config: Path, workload: Workload) -> Iterator[Replayed]:
+    fleet = Fleet.start(config, config.parent)
+    try:
+        fleet.wait_ready(INSTANCES, patience_s=120.0)
+        endpoint = Endpoint(fleet.url, max_tokens="none")
+        yield uvloop.run(replay(workload, Prompts(TRACE, workload), endpoint))
+    finally:
+        fleet.stop()
+
+
+@pytest.fixture(scope="module")
+def simulated(config: Path, workload: Workload) -> list[Outcome]:
+    plan = configs.load(config, launch=True)
+    spec = SimulationSpec(
+        requests=list(workload),
+        tiers=plan.configured.tiers,
+        settings=Settings(**plan.configured.settings),  # type: ignore[arg-type]
+        profile=load(PROFILE),
+        instances=INSTANCES,
+    )
+    return simulate(spec).outcomes
+
+
+def test_attainment_per_tier_is_within_three_points(
+    live: Replayed, simulated: list[Outcome], workload: Workload
+) -> None:
+    seen = score(live.outcomes, window(workload, live), [0.03, 0.1]).tiers
+    told = score(simulated, (0.0, SECONDS), [0.03, 0.1]).tiers
+    for key in ("30", "100"):
+        live_share, simulated_share = seen[key].share.attainment, told[key].share.attainment
+        assert live_share is not None
+        assert simulated_share is not None
+        assert abs(live_share - simulated_share) <= 0.03, (key, seen[key], told[key], lag_note(live.lag))
+
+
+def test_time_to_first_token_is_within_a_tenth(live: Replayed, simulated: list[Outcome]) -> None:
+    seen, told = (
+        np.percentile([o.ttft_s for o in outcomes if o.ttft_s is not None], (50, 99))
+        for outcomes in (live.outcomes, simulated)
+    )
+    assert seen == pytest.approx(told, rel=0.1), lag_note(live.lag)
