@@ -82,6 +82,7 @@ class LauncherConfig(_Section):
     max: Positive = 1
     command: list[str] = [
         sys.executable, "-m", "polyserve", "engine", "--profile", "{profile}", "--port", "{port}",
+        "--model-name", "{model}",
     ]  # fmt: skip
     environment: dict[str, str] = {}
     start_up_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3.0
@@ -178,7 +179,7 @@ def plan(config: Config, source: str, launch: bool = False) -> Plan:
         engines=tuple(
             _spec(instance, profiles[key].name) for instance, (key, _) in zip(config.instances, names, strict=False)
         ),
-        launcher=None if launcher is None else _local(launcher, config.profile),
+        launcher=None if launcher is None else _local(launcher, config),
         journal=config.journal,
         bounds=_bounds(config.limits),
     )
@@ -328,12 +329,12 @@ def _spec(instance: InstanceConfig, profile: str) -> EngineSpec:
     )
 
 
-def _local(launcher: LauncherConfig, profile: str | None) -> LocalPlan:
-    name = launcher.profile or profile
+def _local(launcher: LauncherConfig, config: Config) -> LocalPlan:
+    name = launcher.profile or config.profile
     assert name is not None, "the profile was loaded"
     return LocalPlan(
         profile=name,
-        command=tuple(launcher.command),
+        command=tuple(part.replace("{model}", config.model) for part in launcher.command),
         environment=launcher.environment,
         start_timeout_s=launcher.start_timeout_s,
         stop_timeout_s=launcher.stop_timeout_s,

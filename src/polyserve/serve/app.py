@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 Scope = dict[str, Any]
 
 _ENDPOINTS: dict[str, Endpoint] = {path: endpoint for endpoint, path in PATHS.items()}
+# A body that takes longer than this to arrive is not worth the wait.
+UPLOAD_S = 60.0
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -107,6 +109,14 @@ class Front:
             if not ticket.gone:
                 raise
             _uncancel()
+        except ApiError:
+            raise
+        except Exception as error:  # ours: the client is told as much, the log everything
+            log.exception("request %s failed", request.id)
+            ticket.outcome = ticket.outcome or "failed"
+            if exchange.started:
+                raise
+            raise ApiError(500, "internal_error", "the gateway failed; its log says how") from error
         finally:
             watch.cancel()
             ticket.close()
@@ -137,24 +147,33 @@ async def send_error(send: Send, error: ApiError, client_id: bytes) -> None:
 
 
 async def _body(headers: Mapping[bytes, bytes], receive: Receive, most: int) -> bytes | None:
-    """The request's body; None when the client left before its end. Raises `ApiError` when it is too large."""
-    too_large = ApiError(413, "request_too_large", f"the body is larger than {most} bytes")
+    """The request's body; None when the client left before its end. Raises `ApiError` when it is too large.
+
+    What is too large is taken in all the same, and thrown away: clients read no answer before they have sent all.
+    """
     length = headers.get(b"content-length", b"0")
-    if length.isdigit() and int(length) > most:
-        raise too_large
+    too_large = length.isdigit() and int(length) > most
     pieces: list[bytes] = []
     size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        piece = message["body"]
-        pieces.append(piece)
-        size += len(piece)
-        if size > most:
-            raise too_large
-        if not message["more_body"]:
-            return b"".join(pieces)
+    try:
+        async with asyncio.timeout(UPLOAD_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                size += len(message["body"])
+                too_large = too_large or size > most
+                if too_large:
+                    pieces.clear()
+                else:
+                    pieces.append(message["body"])
+                if not message["more_body"]:
+                    break
+    except TimeoutError:
+        raise ApiError(408, "request_timeout", f"the body did not arrive within {UPLOAD_S:g} s") from None
+    if too_large:
+        raise ApiError(413, "request_too_large", f"the body is larger than {most} bytes")
+    return b"".join(pieces)
 
 
 async def _watch(receive: Receive, ticket: Ticket) -> None:

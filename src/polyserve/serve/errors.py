@@ -43,7 +43,7 @@ class ApiError(Exception):
             # Seconds are whole, and never 0: a client that comes back at once meets the same refusal.
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s))))
             headers.append((b"retry-after-ms", b"%d" % max(1, math.ceil(self.retry_after_s * 1e3))))
-        if self.status < 500 and self.status != 429:
+        if self.status < 500 and self.status not in (408, 429):
             headers.append((b"x-should-retry", b"false"))
         return headers
 

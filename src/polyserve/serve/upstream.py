@@ -69,7 +69,7 @@ class Exchange:
         self._now = driver.now
         self._asked_at = driver.now()
         self._decided_at = 0.0
-        self._started = False  # the client has got the head of the answer
+        self.started = False  # the client has got the head of the answer
 
     def __repr__(self) -> str:
         return f"<exchange of {self.ticket!r}>"
@@ -88,7 +88,7 @@ class Exchange:
             except StreamFailedError as error:
                 failures += 1
                 log.info("request %s on %s: %s", self.ticket.request.id, decision.instance, error)
-                if self._started or failures >= attempts:
+                if self.started or failures >= attempts:
                     await self._give_up(error)
                     return
 
@@ -108,20 +108,20 @@ class Exchange:
                 raise
             if why != "silent":  # the brain took it off the instance already
                 ticket.alight()
-                if self._started:
+                if self.started:
                     raise StreamFailedError(f"its request was {why}") from None
                 return False
-            ticket.broke(delivered=self._started)
+            ticket.broke(delivered=self.started)
             raise StreamFailedError("no token for too long") from None
         except StreamFailedError as error:
-            ticket.broke(delivered=self._started)
+            ticket.broke(delivered=self.started)
             node.suspect(error.refused)
             raise
 
     async def _give_up(self, failure: StreamFailedError) -> None:
         self.ticket.outcome = "failed"
         error = ApiError(502, "upstream_error", f"the engine failed: {failure}")
-        if not self._started:
+        if not self.started:
             raise error
         self.ticket.close()
         await self._send({"type": "http.response.body", "body": error.event, "more_body": False})
@@ -198,7 +198,7 @@ class Exchange:
                 raise StreamFailedError(str(error)) from None
             if scanner.events != seen:
                 ticket.advance(scanner.events - seen)
-            if self._started and not scanner.done:
+            if self.started and not scanner.done:
                 if piece:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
                 if scanner.error is None:
@@ -249,7 +249,7 @@ class Exchange:
 
     async def _end(self, response: aiohttp.ClientResponse, dispatch: Dispatch | None, answer: bytes) -> None:
         """Send the last of the answer, and the head before it where it is still to come."""
-        if not self._started:
+        if not self.started:
             whole = [(b"content-length", b"%d" % len(answer))]
             if not self.ask.stream and self.status == 200:
                 whole.append((b"content-type", b"application/json"))
@@ -267,7 +267,7 @@ class Exchange:
             for name, value in response.raw_headers
             if (lower := name.lower()) not in NOT_DOWNSTREAM and lower not in named
         ]
-        self._started = True
+        self.started = True
         head = [*headers, *more, *self._our_headers(dispatch)]
         await self._send({"type": "http.response.start", "status": self.status, "headers": head})
 

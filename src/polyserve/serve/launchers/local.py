@@ -100,6 +100,8 @@ class LocalLauncher:
         process, output = self._processes[instance]
         deadline = asyncio.get_running_loop().time() + self._plan.start_timeout_s
         while asyncio.get_running_loop().time() < deadline:
+            if instance not in self._processes:
+                raise LaunchError(f"instance {instance} was stopped while it started")
             if process.poll() is not None:
                 raise LaunchError(f"instance {instance} ended with {process.returncode}: {_last_line(output)}")
             with contextlib.suppress(*UNREACHABLE):
