@@ -150,13 +150,14 @@ def simulate(
 class _Stream:
     """A request under way, from its client's end."""
 
-    __slots__ = ("dispatches", "instance", "outcome", "output_tokens", "request")
+    __slots__ = ("dispatches", "due_there_at", "instance", "outcome", "output_tokens", "request")
 
     def __init__(self, request: Request, output_tokens: int) -> None:
         self.request = request
         self.output_tokens = output_tokens
         self.outcome = Outcome(request.id, request.arrived_at, request.prompt_tokens, request.slo)
         self.instance: InstanceId | None = None
+        self.due_there_at = -math.inf  # when the last dispatch reaches its engine
         self.dispatches = 0  # how often it was sent somewhere: what arrives late is known to be stale
 
     def take(self, done: Done) -> None:
@@ -238,6 +239,7 @@ class World:
         self._labels: list[tuple[float, InstanceId, TierName | None]] = []
         self._looks: list[Look] = []
         self._gone: list[Engine] = []
+        self._unheard: set[InstanceId] = set()  # lost, but the core does not know yet
         self._armed_at: float | None = None
         self._ticks = 0
         self._step_ns = array("q")
@@ -277,6 +279,10 @@ class World:
                 assert stream.instance == station.id, f"{request} is where nobody sent it"
                 assert request in self._live, f"{request} was answered and is still served"
                 station.part(stream)
+        for request, stream in self._live.items():
+            known = request in holders or request in self.controller.pending
+            under_way = stream.due_there_at > self.loop.now or stream.instance in self._unheard
+            assert known or under_way, f"the core has forgotten {request}"
         unfinished = [o.request for o in self._outcomes if o.ending == "unfinished"]
         assert sorted(unfinished) == sorted(self._live), "a request was lost, or answered twice"
         assert len(self._outcomes) == self._arrived, "a request arrived twice"
@@ -393,8 +399,8 @@ class World:
         stream.instance = stream.outcome.instance = action.instance
         stream.outcome.promoted |= action.promoted
         stream.dispatches += 1
-        sent = (stream, action, stream.dispatches)
-        self.loop.at(self.loop.now + self.spec.network_s, Rank.DELIVERY, self._deliver, sent)
+        stream.due_there_at = self.loop.now + self.spec.network_s
+        self.loop.at(stream.due_there_at, Rank.DELIVERY, self._deliver, (stream, action, stream.dispatches))
 
     def _deliver(self, sent: tuple[_Stream, Dispatch, int]) -> None:
         stream, action, dispatches = sent
@@ -467,10 +473,12 @@ class World:
             for stream in list(station.residents.values()):
                 station.part(stream)
             self._remove(station)
-            self.loop.at(self.loop.now + self.spec.lag_s, Rank.LOSS, self._see_loss, (self.loop.now, instance))
+            self._unheard.add(instance)
+            self.loop.at(self.loop.now + self.spec.lag_s, Rank.LOSS, self._see_loss, Lost(self.loop.now, instance))
 
-    def _see_loss(self, lost: tuple[float, InstanceId]) -> None:
-        self._step(Lost(*lost))
+    def _see_loss(self, lost: Lost) -> None:
+        self._unheard.discard(lost.instance)
+        self._step(lost)
 
     def _remove(self, station: _Station) -> None:
         station.alive = False
