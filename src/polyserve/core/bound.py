@@ -63,21 +63,6 @@ def solo_ttft_s(profile: Profile, chunk: ChunkRule, prompts: Ints) -> Floats:
     return seconds
 
 
-class Solo:
-    """`solo_ttft_s` for one prompt at a time, as the controller asks it for every arrival."""
-
-    def __init__(self, profile: Profile, chunk: ChunkRule) -> None:
-        self._profile = profile
-        self._size = largest_solo_chunk(profile.limits, chunk)
-        self._full_s = profile.iteration_s(self._size, 0, 0)
-
-    def ttft_s(self, prompt_tokens: int) -> float:
-        """Seconds until the first token on an empty instance."""
-        whole, rest = divmod(prompt_tokens, self._size)
-        rest_s = self._profile.iteration_s(rest, 0, 0) if rest else 0.0
-        return whole * self._full_s + rest_s + self._profile.per_attention_s * 0.5 * prompt_tokens * prompt_tokens
-
-
 def one_solo_ttft_s(profile: Profile, chunk: ChunkRule, prompt_tokens: int) -> float:
     """`solo_ttft_s` of one prompt, ten times cheaper than an array of one: for the controller."""
     size = largest_solo_chunk(profile.limits, chunk)

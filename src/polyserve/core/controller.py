@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import assert_never
 
-from polyserve.core.bound import Solo
+from polyserve.core.bound import one_solo_ttft_s
 from polyserve.core.fleet import Books, Fleet, Job, State
-from polyserve.core.forecast import Forecast, Forecaster
+from polyserve.core.forecast import Forecast, Forecaster, compile_kernels
 from polyserve.core.lengths import LengthModel
 from polyserve.core.pending import Pending
 from polyserve.core.profile import Profile
@@ -148,6 +148,7 @@ class Controller:
     def _configure(self, event: Configured) -> None:
         assert not self._configured, "a controller is configured once"
         self._configured = True
+        compile_kernels()
         self._settings = Settings().replaced(event.settings)
         self._tiers = sorted(event.tiers, key=lambda t: t.tpot_s)
         self._tier: dict[TierName, Tier] = {tier.name: tier for tier in self._tiers}
@@ -155,7 +156,7 @@ class Controller:
         self._profiles = {name: Profile.from_dict(plain) for name, plain in event.profiles.items()}
         self._lengths = LengthModel(len(self._tiers), self._settings.length_prior_tokens, self._settings.lengths)
         self._fleet = Fleet()
-        self._kinds: dict[tuple[str, ChunkRule], Solo] = {}  # of instances that ever joined
+        self._kinds: dict[tuple[str, ChunkRule], Profile] = {}  # of instances that ever joined
         self._pending = Pending([tier.name for tier in self._tiers])
         self._demand = Demand(self._tiers, self._settings.length_prior_tokens)
         self._forecaster = Forecaster(self._settings, self._lengths)
@@ -260,7 +261,8 @@ class Controller:
 
     def _solo_ttft_s(self, prompt_tokens: int) -> float:
         """Time to first token on the fastest instance there is, were it idle."""
-        return min((solo.ttft_s(prompt_tokens) for solo in self._kinds.values()), default=0.0)
+        kinds = self._kinds.items()
+        return min((one_solo_ttft_s(profile, chunk, prompt_tokens) for (_, chunk), profile in kinds), default=0.0)
 
     def _job(self, request: Request, tier: Tier | None, slo: Slo | None) -> Job:
         index = None if tier is None else self._index[tier.name]
@@ -460,7 +462,7 @@ class Controller:
             return
         books = Books(instance, self._profiles[instance.profile], self._settings, self._lengths)
         books.since = self._now
-        self._kinds.setdefault((instance.profile, instance.chunk), Solo(books.profile, instance.chunk))
+        self._kinds[instance.profile, instance.chunk] = books.profile
         self._fleet.books[instance.id] = books
 
     def _ready(self, instance: InstanceId) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -25,15 +26,6 @@ from polyserve.core import kernels
 from polyserve.core.fleet import Books, Job
 from polyserve.core.kernels import (
     F_COLUMNS,
-    F_DECODES,
-    F_FIRST,
-    F_MEMORY,
-    F_PACE,
-    F_PEAK,
-    F_PREFILL,
-    F_QUEUED,
-    F_SEQS,
-    F_TOKEN1,
     G_ROWS,
     I_KV,
     I_PACE,
@@ -42,7 +34,9 @@ from polyserve.core.kernels import (
     Vector,
 )
 from polyserve.core.lengths import EDGES, GRID, LengthModel
+from polyserve.core.profile import Limits, Profile
 from polyserve.core.settings import Settings
+from polyserve.core.types import Instance, Request
 
 Cause = str  # name of a test
 
@@ -64,10 +58,22 @@ class Forecast:
     @property
     def lacks(self) -> Cause | None:
         """The first test that refuses; None when the candidate is admitted."""
-        for cause, margin in self.margins().items():
-            if margin < 0.0:
-                return cause
-        return None
+        if self.admits:
+            return None
+        return next(cause for cause, margin in self.margins().items() if margin < 0.0)
+
+    @property
+    def admits(self) -> bool:
+        """Whether no margin is below 0."""
+        return not (
+            self.memory_tokens < 0.0
+            or self.seqs < 0.0
+            or self.pace_s < 0.0
+            or self.prefill_s < 0.0
+            or self.token1_s < 0.0
+            or self.queued_s < 0.0
+            or self.decodes_s < 0.0
+        )
 
     def margins(self) -> dict[Cause, float]:
         """Every margin that was computed, in the order of the tests; seconds, or tokens, or sequences."""
@@ -84,6 +90,18 @@ class Forecast:
 
 
 DEADLINE_CAUSES = frozenset({"prefill", "token1"})  # the candidate's own deadline, nobody else's trouble
+
+
+@cache
+def compile_kernels() -> None:
+    """Have every kernel compiled, or loaded from its cache, before the first decision waits for it."""
+    limits = Limits(kv_tokens=1000, max_num_seqs=2, max_num_batched_tokens=64)
+    profile = Profile("", (0.0, 1.0), (0.0, 1.0), 0.0, 0.0, 0.0, limits)
+    lengths = LengthModel(0, 16)
+    books = Books(Instance("", ""), profile, Settings(), lengths)
+    for at in range(2):
+        books.add(Job(Request(str(at), 0.0, 8, None), None, None, 8), float(at))
+    Forecaster(Settings(), lengths).of(Job(Request("", 0.0, 8, None), None, None, 8), books, 9.0, pace_s=1.0)
 
 
 class Forecaster:
@@ -133,21 +151,18 @@ class Forecaster:
         return self._switched(self._out)
 
     def _switched(self, out: Vector) -> Forecast:
+        """The forecast with margins of tests that are switched off at inf."""
         settings = self._settings
-        memory, seqs, pace, prefill, token1, queued, decodes = (
-            float(out[c]) for c in (F_MEMORY, F_SEQS, F_PACE, F_PREFILL, F_TOKEN1, F_QUEUED, F_DECODES)
-        )
-        return Forecast(
-            memory if settings.test_memory else math.inf,
-            seqs,
-            pace if settings.test_pace else math.inf,
-            prefill if settings.test_prefill else math.inf,
-            token1 if settings.test_token1 else math.inf,
-            queued if settings.test_prefill else math.inf,
-            decodes if settings.test_prefill else math.inf,
-            float(out[F_FIRST]),
-            float(out[F_PEAK]),
-        )
+        memory, seqs, pace, prefill, token1, queued, decodes, first, peak = out.tolist()
+        if not settings.test_memory:
+            memory = math.inf
+        if not settings.test_pace:
+            pace = math.inf
+        if not settings.test_prefill:
+            prefill = queued = decodes = math.inf
+        if not settings.test_token1:
+            token1 = math.inf
+        return Forecast(memory, seqs, pace, prefill, token1, queued, decodes, first, peak)
 
     def _bound_rows(self, books: Books) -> tuple[Matrix, Matrix]:
         """Rows of residents with a deadline, and their gauge."""

@@ -110,7 +110,7 @@ class Ladder:
         if books.id in job.avoid:
             return None
         forecast = self._forecast(now, job, tier, books)
-        if forecast.lacks is None:
+        if forecast.admits:
             return Placement(job, books, forecast)
         self.considered.append(Refusal(books.id, books.tier, books.load, forecast))
         return None
@@ -140,7 +140,7 @@ class Ladder:
             if books.id in job.avoid or not self.holds(books, tier):
                 continue
             forecast = self._at_pace(now, job, tier, books)
-            if forecast.lacks is None or books.jobs:
+            if forecast.admits or books.jobs:
                 return self._cleared(now, job, tier, books, takes=True)
             return Placement(job, books, forecast, takes=True)  # empty and as good as it gets
         if self._fleet.of_tier(tier.name):
@@ -151,7 +151,7 @@ class Ladder:
             return None
         books = min(rich, key=lambda b: (b.load, b.id))
         forecast = self._at_pace(now, job, tier, books)
-        return Placement(job, books, forecast, takes=True) if forecast.lacks is None else None
+        return Placement(job, books, forecast, takes=True) if forecast.admits else None
 
     def _at_pace(self, now: float, job: Job, tier: Tier, books: Books, without_best_effort: bool = False) -> Forecast:
         """The forecast as if the instance ran at the tier's own pace."""
@@ -190,7 +190,7 @@ class Ladder:
         loosest = self._tiers[-1].tpot_s
         headroom = self._settings.best_effort_headroom
         forecast = self._forecaster.of(job, books, now, pace_s=min(books.pace_s, loosest), reserve=headroom, waive=True)
-        return Placement(job, books, forecast) if forecast.lacks is None else None
+        return Placement(job, books, forecast) if forecast.admits else None
 
     def _evict(self, now: float, job: Job, tier: Tier) -> Placement | None:
         """A place on the own tier's instances, once best-effort residents have left it."""
@@ -204,11 +204,11 @@ class Ladder:
     def _cleared(self, now: float, job: Job, tier: Tier, books: Books, *, takes: bool) -> Placement | None:
         """The instance with as it is, or without its best-effort residents, or not at all."""
         forecast = self._at_pace(now, job, tier, books)
-        if forecast.lacks is None:
+        if forecast.admits:
             return Placement(job, books, forecast, takes)
         free = tuple(j.id for j in books.jobs.values() if j.slo is None)
         forecast = self._at_pace(now, job, tier, books, without_best_effort=True)
-        return Placement(job, books, forecast, takes, free) if free and forecast.lacks is None else None
+        return Placement(job, books, forecast, takes, free) if free and forecast.admits else None
 
     # ------------------------------------------------------------------------------------------------ room again
 
@@ -245,7 +245,7 @@ class Ladder:
                 continue
             takes = books.tier is None
             forecast = self._at_pace(now, job, tier, books) if takes else self._forecast(now, job, tier, books)
-            if forecast.lacks is None:
+            if forecast.admits:
                 yield Placement(job, books, forecast, takes)
                 continue
             refused += 1
