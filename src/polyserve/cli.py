@@ -374,6 +374,31 @@ def engine(
     run_engine(options, lambda line: print(line, flush=True))
 
 
+# ------------------------------------------------------------------------------------------------------------ gateway
+
+
+@app.command()
+def serve(config: Annotated[Path, typer.Argument(help="A YAML file; examples/demo/fleet.yaml is one.")]) -> None:
+    """Serve one model over the instances that the config lists."""
+    _run_gateway(config, launch=False)
+
+
+@app.command()
+def up(config: Annotated[Path, typer.Argument(help="A YAML file; examples/demo/fleet.yaml is one.")]) -> None:
+    """Serve one model, and start and stop the instances of the config's launcher."""
+    _run_gateway(config, launch=True)
+
+
+def _run_gateway(config: Path, launch: bool) -> None:
+    from polyserve.config import GatewayError, run_gateway
+
+    try:
+        run_gateway(config, launch)
+    except GatewayError as error:
+        print(f"polyserve: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
 # ------------------------------------------------------------------------------------------------------------ journals
 
 
