@@ -40,7 +40,8 @@ from polyserve.journal import JournalWriter, Step, read_journal, replay
 from polyserve.progress import REPORT_EVERY_S, ProgressCollector
 from polyserve.sim.engine import Engine, Job
 from polyserve.sim.sight import GatewaySight
-from polyserve.sim.world import Faults, Run, SimulationSpec, simulate
+from polyserve.sim.spec import Faults, Run, SimulationSpec
+from polyserve.sim.world import simulate
 
 PROFILE = Profile("small", (0, 64, 512), (0.004, 0.005, 0.02), 2e-5, 1e-6, 1e-8, Limits(4096, 16, 256))
 TIERS = (Tier("10", 0.01, 0.3), Tier("30", 0.03, 0.3))

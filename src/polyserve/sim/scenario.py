@@ -18,7 +18,8 @@ from polyserve.demand import Arrivals, DemandError, Workload, draw_requests
 from polyserve.journal import JournalWriter
 from polyserve.profiles.store import load, shipped_names
 from polyserve.report import Facts, Score, score, tier_key
-from polyserve.sim.world import Faults, Run, SimulationSpec, simulate
+from polyserve.sim.spec import Faults, Run, SimulationSpec
+from polyserve.sim.world import simulate
 from polyserve.traces import read_trace
 
 # Long enough for most of a fleet's residents to have come and gone, where the run itself is long enough.

@@ -8,26 +8,20 @@ engines' own times, token by token, whatever the controller knew.
 
 from __future__ import annotations
 
-import math
 from array import array
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from random import Random
 from time import perf_counter, perf_counter_ns
-from typing import Literal
 
 import numpy as np
 
 from polyserve.core.controller import Controller
-from polyserve.core.profile import Profile
-from polyserve.core.settings import Settings
 from polyserve.core.types import (
     Action,
     Arrived,
     Assign,
     Cancel,
     Cancelled,
-    ChunkRule,
     Configured,
     Dispatch,
     Drain,
@@ -43,99 +37,25 @@ from polyserve.core.types import (
     Preempted,
     Ready,
     Refuse,
-    Request,
     RequestId,
     SetPace,
     Start,
     Stop,
     Tick,
-    Tier,
     TierName,
 )
 from polyserve.journal import JournalWriter
 from polyserve.report import Ending, Outcome
-from polyserve.sim.engine import Done, Engine, IterationResult, Job
+from polyserve.sim.engine import Engine, IterationResult, Job
 from polyserve.sim.loop import Loop, Rank
-from polyserve.sim.sight import GatewaySight, PerfectSight, Sight
+from polyserve.sim.sight import GatewaySight, PerfectSight
+from polyserve.sim.spec import Life, Look, Run, SimulationSpec
+from polyserve.sim.station import Station, Stream
+
+__all__ = ["SimulationSpec", "World", "simulate"]
 
 # A core that answers this many ticks at one instant with "again, now" would never let time pass.
 MOST_TICKS_AT_ONCE = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Faults:
-    """What goes wrong, and when."""
-
-    losses: tuple[tuple[float, InstanceId], ...] = ()  # an instance dies, and everything on it
-    leaving: Mapping[RequestId, float] = field(default_factory=dict)  # a client goes, seconds after its arrival
-    failing_starts: float = 0.0  # share of starts that come to nothing
-
-
-@dataclass(frozen=True, slots=True)
-class SimulationSpec:
-    """Everything a simulation rests on; the same spec gives the same journal."""
-
-    requests: Sequence[tuple[Request, int]]  # with the output tokens each will have, in order of arrival
-    tiers: tuple[Tier, ...]
-    settings: Settings
-    profile: Profile  # the true one: how long iterations last
-    instances: int
-    believed: Profile | None = None  # None: the true one
-    chunk: ChunkRule = field(default_factory=ChunkRule)
-    order: Literal["deadline", "fcfs"] = "deadline"
-    seed: int = 0
-    jitter: float = 0.0
-    sight: Literal["gateway", "perfect"] = "gateway"
-    lag_s: float = 0.0
-    network_s: float = 0.0
-    start_up_s: float = 0.0
-    faults: Faults = Faults()
-    drain_s: float = 120.0  # how long requests may still finish after the last arrival
-    samples: int = 300  # looks at the load of every instance, evenly over the run
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """One instance at one time."""
-
-    at: float
-    instance: InstanceId
-    tier: TierName | None
-    residents: int
-    load: float  # the largest of the shares of pace, memory and seats that are taken
-
-
-@dataclass(frozen=True, slots=True)
-class Life:
-    """From when to when an instance was paid for; None: beyond the end."""
-
-    instance: InstanceId
-    joined_at: float
-    gone_at: float | None
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a simulation leaves behind. Counters cover the whole run, warm-up included."""
-
-    outcomes: list[Outcome]
-    looks: list[Look]
-    labels: list[tuple[float, InstanceId, TierName | None]]  # when each instance took which tier
-    lives: list[Life]
-    ended_at: float
-    iterations: int
-    preemptions: int
-    forced_chunks: int
-    steps: int
-    decision_us: dict[str, float]  # of one step: mean and p99, by the wall clock
-    wall_s: float
-
-    def instance_seconds(self, start: float, end: float) -> float:
-        """Instance-seconds paid for between two times."""
-        return sum(
-            max(0.0, min(end, end if life.gone_at is None else life.gone_at) - max(start, life.joined_at))
-            for life in self.lives
-        )
 
 
 def simulate(
@@ -145,72 +65,6 @@ def simulate(
 ) -> Run:
     """Run the spec to its end; `on_look(now, arrived)` is called at every look."""
     return World(spec, journal, on_look).run()
-
-
-class _Stream:
-    """A request under way, from its client's end."""
-
-    __slots__ = ("dispatches", "due_there_at", "instance", "outcome", "output_tokens", "request")
-
-    def __init__(self, request: Request, output_tokens: int) -> None:
-        self.request = request
-        self.output_tokens = output_tokens
-        self.outcome = Outcome(request.id, request.arrived_at, request.prompt_tokens, request.slo)
-        self.instance: InstanceId | None = None
-        self.due_there_at = -math.inf  # when the last dispatch reaches its engine
-        self.dispatches = 0  # how often it was sent somewhere: what arrives late is known to be stale
-
-    def take(self, done: Done) -> None:
-        """The client has got what one engine made of it."""
-        outcome = self.outcome
-        if not math.isnan(done.first_token_at):
-            outcome.late_s = max(outcome.late_s, done.worst_lateness_s)
-            outcome.first_at = done.first_token_at if outcome.first_at is None else outcome.first_at
-            outcome.last_at = None if math.isnan(done.last_token_at) else done.last_token_at
-            outcome.output_tokens = done.output_tokens
-
-
-class _Station:
-    """One simulated instance."""
-
-    __slots__ = ("alive", "busy_s", "engine", "id", "idle", "looked", "pace_s", "residents", "sight", "tier", "waking")
-
-    def __init__(self, engine: Engine, sight: Sight) -> None:
-        self.id = engine.instance.id
-        self.engine = engine
-        self.sight = sight
-        self.residents: dict[RequestId, _Stream] = {}
-        self.idle = True
-        self.waking = False  # idle, and about to begin
-        self.alive = True
-        self.tier: TierName | None = None
-        self.pace_s: float | None = None
-        self.busy_s = 0.0
-        self.looked = (0.0, 0.0, 0)  # at the last look: the time, seconds busy and iterations by then
-
-    def __repr__(self) -> str:
-        return f"<station of {self.engine}>"
-
-    def load(self, now: float, floor_s: float, tightest_s: float) -> float:
-        """The largest share taken since the last look of what an instance has to give: pace, memory, seats.
-
-        The share of the pace is that of the mean iteration beyond `floor_s`, which one lone decode takes.
-        """
-        engine, (then, busy_s, iterations) = self.engine, self.looked
-        self.looked = (now, self.busy_s, engine.iterations)
-        if not engine.residents:
-            return 0.0
-        busy_s, iterations = self.busy_s - busy_s, engine.iterations - iterations
-        pace_s = self.pace_s or tightest_s
-        paced = 0.0
-        if iterations and pace_s > floor_s:
-            paced = min(busy_s / (now - then), 1.0) * (busy_s / iterations - floor_s) / (pace_s - floor_s)
-        return max(paced, engine.kv_allocated / engine.kv_capacity, engine.residents / engine.max_num_seqs)
-
-    def part(self, stream: _Stream) -> None:
-        """The resident leaves before its end; its client has what it has got so far."""
-        stream.take(self.engine.so_far(stream.request.id))
-        del self.residents[stream.request.id]
 
 
 class World:
@@ -230,8 +84,8 @@ class World:
         self._believed = spec.believed or spec.profile
         self._floor_s = spec.profile.iteration_s(0, 1, 0)
         self._tightest_s = min(tier.tpot_s for tier in spec.tiers)
-        self._stations: dict[InstanceId, _Station] = {}
-        self._live: dict[RequestId, _Stream] = {}
+        self._stations: dict[InstanceId, Station] = {}
+        self._live: dict[RequestId, Stream] = {}
         self._outcomes: list[Outcome] = []
         self._arrived = 0
         self._starts = Random(f"{spec.seed}/starts")
@@ -352,7 +206,7 @@ class World:
             case Drain():
                 pass  # the core sends nobody there any more, and says Stop
 
-    def _tell(self, station: _Station, action: Stop | Assign | SetPace) -> None:
+    def _tell(self, station: Station, action: Stop | Assign | SetPace) -> None:
         match action:
             case Stop():
                 assert not station.residents, f"{station} was stopped with residents"
@@ -364,7 +218,7 @@ class World:
                 station.pace_s = action.pace_s
                 station.engine.set_pace(action.pace_s)
 
-    def _holder(self, stream: _Stream) -> _Station | None:
+    def _holder(self, stream: Stream) -> Station | None:
         """The station whose engine has the request, unless it is still on its way there."""
         station = self._stations.get(stream.instance) if stream.instance is not None else None
         return station if station is not None and stream.request.id in station.residents else None
@@ -379,7 +233,7 @@ class World:
         request, output_tokens = self.spec.requests[self._arrived]
         self._arrived += 1
         self._await_arrival()
-        stream = self._live[request.id] = _Stream(request, output_tokens)
+        stream = self._live[request.id] = Stream(request, output_tokens)
         self._outcomes.append(stream.outcome)
         if (patience_s := self.spec.faults.leaving.get(request.id)) is not None:
             self.loop.at(self.loop.now + patience_s, Rank.LEAVING, self._leave, request.id)
@@ -402,7 +256,7 @@ class World:
         stream.due_there_at = self.loop.now + self.spec.network_s
         self.loop.at(stream.due_there_at, Rank.DELIVERY, self._deliver, (stream, action, stream.dispatches))
 
-    def _deliver(self, sent: tuple[_Stream, Dispatch, int]) -> None:
+    def _deliver(self, sent: tuple[Stream, Dispatch, int]) -> None:
         stream, action, dispatches = sent
         station = self._stations.get(action.instance)
         if station is None or stream.dispatches != dispatches or stream.request.id not in self._live:
@@ -431,7 +285,7 @@ class World:
             stream.instance = None
             stream.dispatches += 1
 
-    def _answer(self, stream: _Stream, ending: Ending, code: str | None = None) -> None:
+    def _answer(self, stream: Stream, ending: Ending, code: str | None = None) -> None:
         assert stream.outcome.ending == "unfinished", f"{stream.request.id} is answered twice"
         stream.outcome.ending = ending
         stream.outcome.code = code
@@ -455,7 +309,7 @@ class World:
             described, spec.profile, self._believed, settings=spec.settings, noise=noise, jitter=spec.jitter
         )
         sight = PerfectSight(engine) if spec.sight == "perfect" else GatewaySight(engine)
-        self._stations[instance] = _Station(engine, sight)
+        self._stations[instance] = Station(engine, sight)
         self._lives[instance] = Life(instance, now, None)
         self._step(Joined(now, described))
 
@@ -480,7 +334,7 @@ class World:
         self._unheard.discard(lost.instance)
         self._step(lost)
 
-    def _remove(self, station: _Station) -> None:
+    def _remove(self, station: Station) -> None:
         station.alive = False
         self._gone.append(station.engine)
         del self._stations[station.id]
@@ -489,24 +343,24 @@ class World:
 
     # -------------------------------------------------------------------------------------------- iterations
 
-    def _wake(self, station: _Station) -> None:
+    def _wake(self, station: Station) -> None:
         if station.idle and not station.waking:
             station.waking = True
             self.loop.at(self.loop.now, Rank.BEGIN, self._woken, station)
 
-    def _woken(self, station: _Station) -> None:
+    def _woken(self, station: Station) -> None:
         station.waking = False
         if station.alive and station.idle:
             self._begin(station)
 
-    def _begin(self, station: _Station) -> None:
+    def _begin(self, station: Station) -> None:
         end = station.engine.begin(self.loop.now)
         station.idle = end is None
         if end is not None:
             station.busy_s += end - self.loop.now
             self.loop.at(end, Rank.ITERATION, self._end, station)
 
-    def _end(self, station: _Station) -> None:
+    def _end(self, station: Station) -> None:
         if not station.alive:
             return
         now = self.loop.now
@@ -522,7 +376,7 @@ class World:
         else:
             self._see(seen)
 
-    def _take_in(self, station: _Station, result: IterationResult) -> list[Event]:
+    def _take_in(self, station: Station, result: IterationResult) -> list[Event]:
         """Note what the iteration gave to whom; returns what a gateway notices at once."""
         now = self.loop.now
         seen: list[Event] = [FirstToken(now, request, station.id) for request in result.first]
