@@ -250,13 +250,11 @@ class Books:
     ) -> None:
         """Take in a report: counts are output tokens since the request arrived."""
         rows, index = self._rows, self._index
-        known = [(index[request], count) for request, count in tokens.items() if request in index]
-        if known:
-            table = np.array(known)
-            at, counts = table[:, 0], table[:, 1]
-            rows[at, R_LEFT] = 0.0
-            rows[at, R_SEEN] = counts
-            rows[at, R_MADE] = np.maximum(counts - rows[at, R_BASE], 1.0)
+        if not tokens.keys() <= index.keys():
+            tokens = {request: count for request, count in tokens.items() if request in index}
+        if tokens:
+            at = np.fromiter(map(index.__getitem__, tokens), np.int64, len(tokens))
+            kernels.take_in(rows, at, np.fromiter(tokens.values(), np.float64, len(tokens)))
         for request, left in prefilling.items():
             row = index.get(request)
             if row is not None and rows[row, R_LEFT] > 0.0:
@@ -272,24 +270,31 @@ class Books:
         """(row of the length table, output tokens seen) of every resident."""
         return [(int(row[R_BAND]), int(row[R_SEEN])) for row in self.rows]
 
+    def tally(self) -> tuple[int, float, int, float]:
+        """Decodes and the KV tokens they read, queued prompts and the prompt tokens still to compute."""
+        decodes, kv, queued, left = kernels.tally(self._rows, len(self._ids))
+        return decodes, kv, queued, left
+
     def _step_s(self, iteration: Iteration) -> float:
         """How long the iteration after a reported one is believed to take: as long as the same kind took."""
-        rows = self._rows[: len(self._ids)]
-        queued = bool((rows[:, R_LEFT] > 0.0).any())
-        if iteration.prefill_tokens is not None and (iteration.prefill_tokens > 0) == queued:
+        decodes, kv, queued, _ = self.tally()
+        mixed = iteration.prefill_tokens is not None and iteration.prefill_tokens > 0
+        if iteration.prefill_tokens is not None and mixed == (queued > 0):
             return iteration.seconds
-        if queued and self.law.kind == kernels.DYNAMIC and len(rows) > 1:
-            return min(self.pace_s, 2.0 * iteration.seconds) if math.isfinite(self.pace_s) else iteration.seconds
-        return self.decode_s() * self.correction.ratio if not queued and len(rows) else iteration.seconds
+        if queued and decodes and self.law.kind == kernels.DYNAMIC:
+            return min(self.pace_s, 2.0 * iteration.seconds)
+        if decodes and not queued:
+            return self.profile.iteration_s(0, decodes, kv) * self.correction.ratio
+        return iteration.seconds
 
     def _observe(self, iteration: Iteration) -> None:
         if not self._settings.correction:
             return
         prefill, decodes, kv = iteration.prefill_tokens, iteration.decodes, iteration.kv_tokens
-        rows = self._rows[: len(self._ids)]
-        if prefill is None and not (rows[:, R_LEFT] > 0.0).any():
-            prefill, decodes = 0, len(rows)
-            kv = int((rows[:, R_PROMPT] + rows[:, R_MADE]).sum())
+        if prefill is None:
+            mine, held, queued, _ = self.tally()
+            if not queued:
+                prefill, decodes, kv = 0, mine, int(held)
         # Prefill attention depends on where in its prompt a chunk lies, which no report tells: decodes alone teach.
         if prefill == 0 and decodes and kv is not None:
             self.correction.observe(iteration.seconds, self.profile.iteration_s(0, decodes, kv))
@@ -358,25 +363,10 @@ class Books:
             return 0.0
         return self.peak_s / self.pace_s if math.isfinite(self.pace_s) else self.peak_s
 
-    def decode_s(self) -> float:
-        """Believed seconds of an iteration of today's decodes alone."""
-        rows = self.rows
-        decoding = rows[:, R_LEFT] <= 0.0
-        kv = float((rows[decoding, R_PROMPT] + rows[decoding, R_MADE]).sum())
-        return self.profile.iteration_s(0, int(decoding.sum()), kv)
-
-    def kv_now(self) -> float:
-        """KV tokens believed held, queued prompts counted whole."""
-        rows = self.rows
-        return float(rows[:, R_PROMPT].sum() + rows[:, R_MADE].sum())
-
     def iteration_now_s(self) -> float:
         """Believed seconds of the iteration that comes next, its prefill chunk included."""
-        rows = self.rows
-        queued = rows[:, R_LEFT] > 0.0
-        decodes = int((~queued).sum())
-        kv = float((rows[~queued, R_PROMPT] + rows[~queued, R_MADE]).sum())
-        chunk = min(float(rows[queued, R_LEFT].sum()), max(self.law.tokens - decodes, 0))
+        decodes, kv, _, left = self.tally()
+        chunk = min(left, max(self.law.tokens - decodes, 0))
         return self.profile.iteration_s(chunk, decodes, kv, 0.5 * chunk * chunk)
 
 

@@ -176,6 +176,30 @@ F_MEMORY, F_SEQS, F_PACE, F_PREFILL, F_TOKEN1, F_QUEUED, F_DECODES, F_FIRST, F_P
 
 
 @njit(cache=True)
+def tally(rows: Matrix, count: int) -> tuple[int, float, int, float]:  # pragma: no cover - compiled
+    """Decodes and the KV they read, queued prompts and the tokens they lack; the plain twin is `plain.tally`."""
+    decodes, kv, queued, left = 0, 0.0, 0, 0.0
+    for i in range(count):
+        if rows[i, R_LEFT] > 0.0:
+            queued += 1
+            left += rows[i, R_LEFT]
+        else:
+            decodes += 1
+            kv += rows[i, R_PROMPT] + rows[i, R_MADE]
+    return decodes, kv, queued, left
+
+
+@njit(cache=True)
+def take_in(rows: Matrix, at: NDArray[np.int64], counts: Vector) -> None:  # pragma: no cover - compiled
+    """Write reported token counts into rows; the plain twin is `plain.take_in`."""
+    for k in range(at.shape[0]):
+        i = at[k]
+        rows[i, R_LEFT] = 0.0
+        rows[i, R_SEEN] = counts[k]
+        rows[i, R_MADE] = max(counts[k] - rows[i, R_BASE], 1.0)
+
+
+@njit(cache=True)
 def bin_of(edges: Vector, made: float) -> int:  # pragma: no cover - compiled
     """The bin of output lengths that `made` tokens fall into; the plain twin is `plain.bin_of`."""
     low, high = 0, edges.shape[0]

@@ -2,8 +2,8 @@
 
 What a tier needs is its arrival rate over the rate that one instance serves at best at the tier's pace
 (`bound.instance_rate`), both learned: arrivals and prompts decayed over `MEMORY_S`, outputs from the length model.
-Sizes are cumulative ceilings from the tightest tier, so that tight tiers are rounded up and loose ones down: a loose request
-may be a guest on a tight instance, not the reverse.
+Sizes are cumulative ceilings from the tightest tier, so that tight tiers are rounded up and loose ones down: a loose
+request may be a guest on a tight instance, not the reverse.
 """
 
 from __future__ import annotations
