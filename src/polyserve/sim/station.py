@@ -36,12 +36,26 @@ class Stream:
 class Station:
     """One simulated instance."""
 
-    __slots__ = ("alive", "busy_s", "engine", "id", "idle", "looked", "pace_s", "residents", "sight", "tier", "waking")
+    __slots__ = (
+        "alive",
+        "busy_s",
+        "engine",
+        "id",
+        "idle",
+        "joined_at",
+        "looked",
+        "pace_s",
+        "residents",
+        "sight",
+        "tier",
+        "waking",
+    )
 
-    def __init__(self, engine: Engine, sight: Sight) -> None:
+    def __init__(self, engine: Engine, sight: Sight, now: float) -> None:
         self.id = engine.instance.id
         self.engine = engine
         self.sight = sight
+        self.joined_at = now
         self.residents: dict[RequestId, Stream] = {}
         self.idle = True
         self.waking = False  # idle, and about to begin
@@ -49,7 +63,7 @@ class Station:
         self.tier: TierName | None = None
         self.pace_s: float | None = None
         self.busy_s = 0.0
-        self.looked = (0.0, 0.0, 0)  # at the last look: the time, seconds busy and iterations by then
+        self.looked = (now, 0.0, 0)  # at the last look: the time, seconds busy and iterations by then
 
     def __repr__(self) -> str:
         return f"<station of {self.engine}>"

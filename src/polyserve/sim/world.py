@@ -89,7 +89,7 @@ class World:
         self._outcomes: list[Outcome] = []
         self._arrived = 0
         self._starts = Random(f"{spec.seed}/starts")
-        self._lives: dict[InstanceId, Life] = {}
+        self._lives: list[Life] = []  # of those that have gone; a name may come again
         self._labels: list[tuple[float, InstanceId, TierName | None]] = []
         self._looks: list[Look] = []
         self._gone: list[Engine] = []
@@ -148,7 +148,7 @@ class World:
             outcomes=self._outcomes,
             looks=self._looks,
             labels=self._labels,
-            lives=list(self._lives.values()),
+            lives=[*self._lives, *(Life(s.id, s.joined_at, None) for s in self._stations.values())],
             ended_at=self.loop.now,
             iterations=sum(e.iterations for e in engines),
             preemptions=sum(e.preemptions for e in engines),
@@ -309,8 +309,7 @@ class World:
             described, spec.profile, self._believed, settings=spec.settings, noise=noise, jitter=spec.jitter
         )
         sight = PerfectSight(engine) if spec.sight == "perfect" else GatewaySight(engine)
-        self._stations[instance] = Station(engine, sight)
-        self._lives[instance] = Life(instance, now, None)
+        self._stations[instance] = Station(engine, sight, now)
         self._step(Joined(now, described))
 
     def _ready(self, instance: InstanceId) -> None:
@@ -338,7 +337,7 @@ class World:
         station.alive = False
         self._gone.append(station.engine)
         del self._stations[station.id]
-        self._lives[station.id] = Life(station.id, self._lives[station.id].joined_at, self.loop.now)
+        self._lives.append(Life(station.id, station.joined_at, self.loop.now))
         self._labels.append((self.loop.now, station.id, None))
 
     # -------------------------------------------------------------------------------------------- iterations
