@@ -176,9 +176,9 @@ def _print_report(result: Score, facts: Facts, json_to: str) -> None:
 
     from polyserve import report
 
-    console = Console(stderr=json_to == "-", highlight=False, soft_wrap=True)
+    console = Console(stderr=json_to == "-", highlight=False)
     if not console.is_terminal:
-        console = Console(stderr=json_to == "-", highlight=False, soft_wrap=True, width=120)
+        console = Console(stderr=json_to == "-", highlight=False, width=150)
     console.print(report.table(result, facts))
     if json_to:
         text = json.dumps(report.to_dict(result, facts), indent=2, allow_nan=False)
