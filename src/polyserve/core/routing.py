@@ -68,10 +68,7 @@ class Ladder:
         self._forecaster = forecaster
         self._demand = demand
         self.considered: list[Refusal] = []
-        fixed = settings.max_instances == 0
-        self._spread = settings.placement == "spread" or (
-            settings.placement == "auto" and fixed and settings.sizing == "demand"
-        )
+        self._spread = settings.placement == "spread"
 
     # --------------------------------------------------------------------------------------------- one request
 

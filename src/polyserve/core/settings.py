@@ -20,9 +20,8 @@ class Settings:
     # Who serves a request: the ladder of tiers, or a baseline over the whole fleet as one pool.
     router: Literal["tiers", "random", "round-robin", "least-requests", "minimal"] = "tiers"
 
-    # Placement inside a tier: `fill` takes the most loaded instance that admits, `spread` the least loaded;
-    # `auto` fills where instances can be given back and spreads on a fixed fleet.
-    placement: Literal["auto", "fill", "spread"] = "auto"
+    # Placement inside a tier: `fill` takes the most loaded instance that admits, `spread` the least loaded.
+    placement: Literal["fill", "spread"] = "fill"
     # Looser requests on tighter instances: when own instances are full (`lazy`), whenever it admits (`eager`).
     promotion: Literal["off", "lazy", "eager"] = "lazy"
     promotion_order: Literal["nearest", "tightest"] = "nearest"
