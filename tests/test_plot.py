@@ -53,7 +53,7 @@ def test_the_picture_is_a_png_of_a_sensible_size(tmp_path: Path) -> None:
     image = matplotlib.image.imread(tmp_path / "p.png")
     assert image.shape[0] > 400
     assert image.shape[1] > 1000
-    assert np.unique(image.reshape(-1, image.shape[2]), axis=0).shape[0] > 10
+    assert len(np.unique((image[::7, ::7, :3] * 255).round() @ [65536, 256, 1])) > 10
 
 
 def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
