@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from polyserve.core.bound import instance_rate
-from polyserve.core.fleet import Books, Fleet
+from polyserve.core.fleet import Books, Fleet, State
 from polyserve.core.profile import Profile
 from polyserve.core.settings import Settings
 from polyserve.core.types import Tier, TierName
@@ -23,6 +23,8 @@ from polyserve.core.types import Tier, TierName
 MEMORY_S = 30.0
 # A sized boundary stays while it is this near to the exact one: moving an instance costs it a drain.
 HYSTERESIS = 0.2
+# A tier with less than this left of its last arrival is idle: 90 seconds after it.
+IDLE_ARRIVALS = 0.05
 # Share of the fluid optimum that a fleet can be planned for: the rest is burst and fragmentation.
 PLANNED_LOAD = 0.85
 
@@ -94,10 +96,10 @@ class Demand:
         return seen.admitted / seen.arrivals if seen.arrivals > 0.0 else 1.0
 
     def need(self, now: float, tier: Tier, profile: Profile) -> float:
-        """Instances that a tier's arrivals occupy at the fluid optimum; 0 without arrivals."""
+        """Instances that a tier's arrivals occupy at the fluid optimum; 0 without recent arrivals."""
         seen = self._seen[tier.name]
         rate = self.rate(now, tier.name)
-        if rate <= 0.0 or seen.arrivals <= 0.0:
+        if rate <= 0.0 or seen.arrivals < IDLE_ARRIVALS:
             return 0.0
         return rate * self.seconds_per_request(tier, profile)
 
@@ -176,7 +178,7 @@ def sizes(exact: Sequence[float], total: int, now: Sequence[int], floors: Sequen
         held += now[i]
         ideal = math.ceil(boundary - 1e-9)
         keep = boundary - HYSTERESIS <= held <= boundary + 1.0 + HYSTERESIS
-        up_to = min(held if keep else ideal, total)
+        up_to = min(held if keep else ideal, total) if part > 0.0 else before
         result.append(max(up_to - before, floors[i], 0))
     for i in range(len(result) - 1, -1, -1):
         excess = sum(result) - total
@@ -228,6 +230,8 @@ class Scaler:
         profile = ready[0].profile
         needs = [self._demand.need(now, tier, profile) for tier in self._tiers]
         if sum(needs) <= 0.0:
+            if self.elastic:
+                self.wanted = {tier.name: tier.min_instances for tier in self._tiers}
             return
         costs = [self._demand.seconds_per_request(tier, profile) for tier in self._tiers]
         have = [len(self._fleet.of_tier(tier.name)) for tier in self._tiers]
@@ -296,7 +300,8 @@ class Scaler:
         pool = len(self._fleet.of_tier(None))
         if waiting and pool == 0:
             wanted = max(wanted, len(ready) + len(waiting))  # one each, those already starting counted
-        room = min(settings.max_instances - have, settings.start_step - starting)
+        paid = sum(books.state is not State.STARTING for books in self._fleet) + starting  # those that drain, too
+        room = min(settings.max_instances - paid, settings.start_step - starting)
         plan.start = max(0, min(wanted - have, room))
 
     def _shrink(self, now: float, ready: list[Books], waiting: Sequence[TierName], starting: int, plan: Plan) -> None:
