@@ -136,10 +136,10 @@ class Ladder:
         for books in sorted(self._fleet.of_tier(None), key=lambda b: (len(b.jobs), b.id)):
             if books.id in job.avoid or not self.holds(books, tier):
                 continue
-            forecast = self._at_pace(now, job, tier, books)
-            if forecast.admits or books.jobs:
-                return self._cleared(now, job, tier, books, takes=True)
-            return Placement(job, books, forecast, takes=True)  # empty and as good as it gets
+            if not books.jobs:  # as good as it gets
+                return Placement(job, books, self._at_pace(now, job, tier, books), takes=True)
+            if placement := self._cleared(now, job, tier, books, takes=True):
+                return placement
         if self._fleet.of_tier(tier.name):
             return None
         spare = [b for b in self._fleet.ready() if b.tier is not None and self.holds(b, tier)]
@@ -213,7 +213,9 @@ class Ladder:
         for tier in self._may_come(books, pending):
             yield from self._from_queue(now, books, tier, pending.queues[tier.name])
         for job in list(pending.best_effort.values())[: 1 + self._settings.head_walk]:
-            placement = self._try_best_effort(now, job, books) if books.id not in job.avoid else None
+            if books.id in job.avoid:
+                continue
+            placement = self._try_best_effort(now, job, books)
             if placement is None:
                 return
             yield placement

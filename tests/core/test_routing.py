@@ -1,0 +1,442 @@
+"""Every rung of the ladder in a small fleet made by hand, what happens when room appears, and the baselines."""
+
+from __future__ import annotations
+
+import dataclasses
+from random import Random
+
+import pytest
+from scenes import STEADY, TIERS, Crew
+
+from polyserve.core.fleet import Books, Job
+from polyserve.core.routing import BASELINES, Placement
+from polyserve.core.types import Tier
+
+# Each decode costs 1.1 ms above a floor of 10 ms: an instance at 20 ms holds nine.
+COSTLY = dataclasses.replace(STEADY, name="costly", per_decode_s=1e-3)
+
+
+def costly(**switches: object) -> Crew:
+    return Crew(profile=COSTLY, switches=switches)
+
+
+def steady(**switches: object) -> Crew:
+    return Crew(switches=switches)
+
+
+def full(crew: Crew, id: str, tier: str | None) -> Books:
+    """An instance whose memory one long prompt has taken."""
+    books = crew.instance(id, tier)
+    crew.resident(books, f"{id}/long", tier, prompt=99_700)
+    return books
+
+
+def where(placement: Placement | None) -> str | None:
+    return placement.books.id if placement else None
+
+
+def place(crew: Crew, tier: str | None, now: float = 0.0, **job: object) -> Placement | None:
+    return crew.router.place(now, crew.job("r", tier, **job))  # type: ignore[arg-type]
+
+
+# -------------------------------------------------------------------------------------------------- own tier
+
+
+@pytest.mark.parametrize(("placement", "chosen"), [("fill", "i1"), ("spread", "i2")])
+def test_the_own_tier_is_filled_or_spread(placement: str, chosen: str) -> None:
+    crew = costly(placement=placement)
+    for n, residents in enumerate((3, 5, 1)):
+        crew.instance(f"i{n}", "tight", residents)
+    assert where(place(crew, "tight")) == chosen
+
+
+def test_the_most_loaded_that_admits_is_taken_and_the_fuller_ones_say_why_not() -> None:
+    crew = costly(placement="fill")
+    for n, residents in enumerate((3, 9, 5)):
+        crew.instance(f"i{n}", "tight", residents)
+    placement = place(crew, "tight")
+    assert where(placement) == "i2"
+    assert placement is not None
+    assert placement.forecast is not None
+    assert placement.forecast.admits
+    assert [(refusal.instance, refusal.forecast.lacks) for refusal in crew.router.considered] == [("i1", "pace")]
+
+
+def test_an_instance_that_broke_a_request_is_not_asked_again() -> None:
+    crew = steady()
+    crew.instance("i0", "tight", 2)
+    crew.instance("i1", "tight")
+    job = crew.job("r", "tight")
+    job.avoid.add("i0")
+    assert where(crew.router.place(0.0, job)) == "i1"
+
+
+def test_a_request_whose_deadline_is_lost_is_placed_all_the_same() -> None:
+    crew = steady()
+    crew.instance("i0", "tight", 1)
+    assert where(place(crew, "tight", now=0.99, prompt=400)) is None, "40 ms of prompt, and 10 left"
+    assert where(place(crew, "tight", now=1.01, prompt=400)) == "i0"
+
+
+# -------------------------------------------------------------------------------------------------- promotion
+
+
+def ranks(crew: Crew) -> None:
+    """One instance per tier, named after it, none of them full."""
+    for tier in crew.tiers:
+        crew.instance(tier.name, tier.name, 1)
+
+
+@pytest.mark.parametrize(
+    ("switches", "own_full", "chosen"),
+    [
+        ({}, False, "loose"),
+        ({}, True, "middle"),
+        ({"promotion_order": "tightest"}, True, "tight"),
+        ({"promotion_order": "tightest"}, False, "loose"),
+        ({"promotion": "eager"}, False, "middle"),
+        ({"promotion": "eager", "promotion_order": "tightest"}, False, "tight"),
+        ({"promotion": "off"}, False, "loose"),
+        ({"promotion": "off"}, True, None),
+    ],
+)
+def test_looser_requests_are_promoted(switches: dict[str, object], own_full: bool, chosen: str | None) -> None:
+    crew = steady(**switches)
+    ranks(crew)
+    if own_full:
+        full(crew, "loose", "loose")
+    placement = place(crew, "loose")
+    assert where(placement) == chosen
+    assert placement is None or not placement.takes
+
+
+def test_a_tight_request_is_no_guest_of_a_looser_tier() -> None:
+    crew = steady()
+    ranks(crew)
+    full(crew, "tight", "tight")
+    assert place(crew, "tight") is None
+
+
+@pytest.mark.parametrize(("reserve", "chosen"), [(0.1, None), (0.0, "tight")])
+def test_guests_leave_a_reserve_that_hosts_may_use(reserve: float, chosen: str | None) -> None:
+    """Eight decodes take 18.8 ms: more than 90 % of 20."""
+    crew = costly(guest_reserve=reserve)
+    crew.instance("tight", "tight", 7)
+    full(crew, "loose", "loose")
+    assert where(place(crew, "loose")) == chosen
+    assert where(place(crew, "tight")) == "tight"
+
+
+# ------------------------------------------------------------------------------------------------------- pool
+
+
+def test_the_pool_comes_after_own_instances_and_hosts() -> None:
+    crew = steady()
+    crew.instance("free")
+    crew.instance("tight", "tight", 1)
+    crew.instance("middle", "middle", 1)
+    assert where(place(crew, "middle")) == "middle"
+    full(crew, "middle", "middle")
+    assert where(place(crew, "middle")) == "tight"
+    full(crew, "tight", "tight")
+    placement = place(crew, "middle")
+    assert where(placement) == "free"
+    assert placement is not None
+    assert placement.takes
+
+
+def test_an_empty_pool_instance_is_taken_even_where_it_will_be_late() -> None:
+    """Nothing faster exists, so waiting would only make it later."""
+    crew = steady()
+    crew.instance("free")
+    assert where(place(crew, "tight", prompt=2000, ttft_s=0.05)) == "free"
+
+
+def test_an_instance_that_cannot_hold_the_pace_is_not_taken() -> None:
+    crew = Crew((Tier("instant", 0.005, 1.0), *TIERS))
+    crew.instance("free")
+    assert place(crew, "instant") is None
+    assert where(place(crew, "tight")) == "free"
+
+
+def test_the_emptiest_of_the_pool_is_taken_and_its_free_residents_leave_only_if_they_must() -> None:
+    crew = steady()
+    crew.resident(crew.instance("a"), "free", None)
+    crew.instance("b")
+    assert where(place(crew, "tight")) == "b"
+    del crew.fleet.books["b"]
+    placement = place(crew, "tight")
+    assert placement is not None
+    assert (placement.books.id, placement.takes, placement.evicts) == ("a", True, ())
+    crew.resident(crew.fleet.books["a"], "long", None, prompt=99_000)
+    placement = place(crew, "tight", prompt=800)
+    assert placement is not None
+    assert (placement.books.id, placement.takes, placement.evicts) == ("a", True, ("free", "long"))
+
+
+def test_a_pool_instance_that_cannot_be_cleared_does_not_hide_the_next() -> None:
+    crew = steady()
+    first, second = crew.instance("a"), crew.instance("b")
+    crew.resident(first, "stuck", "loose", prompt=99_700)
+    for n in range(2):
+        crew.resident(second, f"free{n}", None)
+    assert where(place(crew, "tight")) == "b"
+
+
+# ------------------------------------------------------------------------------------- taking, and slowing down
+
+
+def test_a_tier_without_an_instance_takes_the_least_loaded_of_a_tier_with_more_than_one() -> None:
+    crew = costly()
+    crew.instance("m", "middle", 1)
+    for n, residents in enumerate((4, 2, 3)):
+        crew.instance(f"l{n}", "loose", residents)
+    placement = place(crew, "tight")
+    assert where(placement) == "l1"
+    assert placement is not None
+    assert placement.takes
+
+
+def test_a_looser_tier_gives_even_its_last_one_where_it_stays_a_guest() -> None:
+    crew = costly()
+    crew.instance("l", "loose", 1)
+    assert where(place(crew, "tight")) == "l"
+    crew = costly()
+    crew.instance("t", "tight", 9)
+    assert place(crew, "loose") is None, "a tighter tier keeps its last one"
+
+
+def test_it_takes_none_on_which_it_would_be_late() -> None:
+    crew = costly()
+    for n in range(2):
+        crew.instance(f"l{n}", "loose", 12)
+    assert place(crew, "tight") is None
+
+
+def test_a_tier_that_has_an_instance_takes_none() -> None:
+    crew = costly()
+    crew.instance("t", "tight", 9)
+    crew.instance("l0", "loose")
+    crew.instance("l1", "loose")
+    assert place(crew, "tight") is None
+
+
+@pytest.mark.parametrize(("allowed", "chosen"), [(True, "m"), (False, None)])
+def test_tight_on_loose_slows_a_looser_instance_down(allowed: bool, chosen: str | None) -> None:
+    crew = costly(tight_on_loose=allowed)
+    crew.instance("t", "tight", 9)
+    crew.instance("m", "middle", 3)
+    crew.instance("l", "loose", 3)
+    placement = place(crew, "tight")
+    assert where(placement) == chosen
+    assert placement is None or not placement.takes
+
+
+def test_tight_on_loose_minds_the_tighter_pace() -> None:
+    crew = costly(tight_on_loose=True)
+    crew.instance("t", "tight", 9)
+    crew.instance("l", "loose", 9)
+    assert place(crew, "tight") is None, "ten decodes take 21 ms"
+
+
+# ------------------------------------------------------------------------------------------------ best effort
+
+
+def test_best_effort_goes_to_the_pool_and_then_to_the_least_loaded() -> None:
+    crew = costly()
+    crew.instance("t", "tight", 5)
+    crew.instance("l", "loose", 3)
+    crew.instance("free")
+    assert where(place(crew, None)) == "free"
+    del crew.fleet.books["free"]
+    placement = place(crew, None)
+    assert where(placement) == "l"
+    assert placement is not None
+    assert not placement.takes
+
+
+def test_best_effort_stays_out_of_the_last_fifth() -> None:
+    crew = costly()
+    crew.instance("t", "tight", 5)  # six decodes take 16.6 ms of 20
+    assert place(crew, None) is None
+    assert where(place(crew, "tight")) == "t"
+    crew = steady()
+    crew.resident(crew.instance("l", "loose"), "long", "loose", prompt=79_900)
+    assert place(crew, None) is None
+    assert where(place(crew, "loose")) == "l"
+
+
+def test_best_effort_leaves_before_a_tier_waits() -> None:
+    crew = costly()
+    books = crew.instance("t", "tight", 4)
+    for n in range(5):
+        crew.resident(books, f"free{n}", None)
+    placement = place(crew, "tight")
+    assert placement is not None
+    assert (placement.books.id, placement.takes) == ("t", False)
+    assert set(placement.evicts) <= {f"free{n}" for n in range(5)}
+    assert placement.evicts
+
+
+def test_best_effort_is_not_thrown_out_in_vain() -> None:
+    crew = costly()
+    books = crew.instance("t", "tight", 9)
+    crew.resident(books, "free", None)
+    assert place(crew, "tight") is None
+
+
+# ------------------------------------------------------------------------------------------------- room again
+
+
+def refilled(crew: Crew, books: Books, now: float = 0.0) -> list[str]:
+    """Who is taken in, in order; each placement is carried out before the next is asked for."""
+    taken = []
+    for placement in crew.router.refill(now, books, crew.pending):
+        assert placement.books is books
+        crew.pending.remove(placement.job.id)
+        books.add(placement.job, now)
+        if placement.takes:
+            books.tier, books.pace_s = placement.job.tier, crew.tier(placement.job.tier or "").tpot_s
+        taken.append(placement.job.id)
+    return taken
+
+
+def wait(crew: Crew, id: str, tier: str | None, **job: object) -> Job:
+    made = crew.job(id, tier, **job)  # type: ignore[arg-type]
+    crew.pending.push(made, 0.0)
+    return made
+
+
+def test_room_goes_to_the_own_tier_then_to_guests_then_to_best_effort() -> None:
+    crew = steady()
+    books = crew.instance("m", "middle", 1)
+    for id, tier in (("free", None), ("guest", "loose"), ("own", "middle"), ("tighter", "tight")):
+        wait(crew, id, tier)
+    assert refilled(crew, books) == ["own", "guest", "free"]
+
+
+def test_without_promotion_no_guests_come() -> None:
+    crew = steady(promotion="off")
+    wait(crew, "guest", "loose")
+    assert refilled(crew, crew.instance("m", "middle", 1)) == []
+
+
+def test_with_tight_on_loose_the_tighter_come_too() -> None:
+    crew = steady(tight_on_loose=True)
+    wait(crew, "tighter", "tight")
+    assert refilled(crew, crew.instance("m", "middle", 1)) == ["tighter"]
+
+
+def test_room_is_given_by_deadline_until_there_is_none() -> None:
+    crew = costly()
+    for n in range(5):
+        wait(crew, f"w{n}", "tight", ttft_s=1.0 - n / 10)
+    assert refilled(crew, crew.instance("t", "tight", 6)) == ["w4", "w3", "w2"]
+
+
+def test_guests_of_the_tier_that_got_least_come_first() -> None:
+    crew = steady(shortage="demand")
+    for tier, admitted in (("middle", 3), ("loose", 1)):
+        for n in range(4):
+            crew.demand.arrived(0.0, tier, 10)
+            if n < admitted:
+                crew.demand.admitted(tier)
+        wait(crew, tier, tier)
+    assert refilled(crew, crew.instance("t", "tight", 1)) == ["loose", "middle"]
+
+
+@pytest.mark.parametrize(("walk", "taken"), [(6, ["short"]), (0, [])])
+def test_a_head_beyond_hope_does_not_block(walk: int, taken: list[str]) -> None:
+    crew = steady(head_walk=walk)
+    wait(crew, "hopeless", "tight", prompt=900, ttft_s=0.05)
+    wait(crew, "short", "tight", ttft_s=0.5)
+    assert refilled(crew, crew.instance("t", "tight", 1)) == taken
+
+
+def test_a_head_that_the_instance_has_no_room_for_does() -> None:
+    crew = steady()
+    wait(crew, "long", "tight", prompt=99_000, ttft_s=50.0)
+    wait(crew, "short", "tight", ttft_s=51.0)
+    assert refilled(crew, crew.instance("t", "tight", 30)) == []
+
+
+def test_a_pool_instance_with_room_takes_the_tier_that_got_least() -> None:
+    crew = steady()
+    for tier in ("middle", "loose"):
+        crew.demand.arrived(0.0, tier, 10)
+        wait(crew, tier, tier)
+    crew.demand.admitted("middle")
+    books = crew.instance("free")
+    assert refilled(crew, books)[0] == "loose"
+    assert books.tier == "loose"
+
+
+def test_nobody_is_offered_an_instance_that_broke_it() -> None:
+    crew = steady()
+    for tier in ("tight", None):
+        wait(crew, f"broken {tier}", tier).avoid.add("t")
+        wait(crew, f"whole {tier}", tier)
+    assert refilled(crew, crew.instance("t", "tight", 1)) == ["whole tight", "whole None"]
+
+
+# -------------------------------------------------------------------------------------------------- baselines
+
+
+def chosen(name: str, crew: Crew, times: int, seed: int = 1) -> list[str | None]:
+    router = BASELINES[name](crew.fleet, Random(seed))
+    return [where(router.place(0.0, crew.job(f"r{n}", "tight"))) for n in range(times)]
+
+
+def test_round_robin_takes_them_in_turn() -> None:
+    crew = steady()
+    for n in range(3):
+        crew.instance(f"i{n}")
+    assert chosen("round-robin", crew, 5) == ["i0", "i1", "i2", "i0", "i1"]
+
+
+def test_random_takes_them_evenly_and_the_same_by_the_same_seed() -> None:
+    crew = steady()
+    for n in range(3):
+        crew.instance(f"i{n}")
+    drawn = chosen("random", crew, 300)
+    assert drawn == chosen("random", crew, 300)
+    assert drawn != chosen("random", crew, 300, seed=2)
+    assert min(drawn.count(f"i{n}") for n in range(3)) > 70
+
+
+def test_least_requests_counts_those_that_others_sent() -> None:
+    crew = steady()
+    for n, residents in enumerate((3, 1, 2)):
+        crew.instance(f"i{n}", residents=residents)
+    assert chosen("least-requests", crew, 1) == ["i1"]
+    crew.fleet.books["i1"].foreign = 2
+    assert chosen("least-requests", crew, 1) == ["i2"]
+
+
+def test_minimal_takes_the_shortest_next_iteration() -> None:
+    crew = costly()
+    crew.instance("many", residents=4)
+    queue = crew.instance("queue")
+    queue.add(crew.job("prompt", "tight", prompt=400), 0.0)  # one resident, but 50 ms of prompt
+    crew.instance("few", residents=2)
+    assert chosen("minimal", crew, 1) == ["few"]
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_always_finds_a_place_while_there_is_one(name: str) -> None:
+    crew = steady()
+    assert chosen(name, crew, 1) == [None]
+    full(crew, "i0", "tight")
+    crew.instance("i1")
+    assert None not in chosen(name, crew, 8)
+    job = crew.job("r", "tight")
+    job.avoid.add("i0")
+    router = BASELINES[name](crew.fleet, Random(1))
+    assert {where(router.place(0.0, job)) for _ in range(5)} == {"i1"}
+    for n in range(3):
+        wait(crew, f"w{n}", "tight" if n else None)
+    assert {placement.job.id for placement in router.refill(0.0, crew.fleet.books["i1"], crew.pending)} == {
+        "w0",
+        "w1",
+        "w2",
+    }
