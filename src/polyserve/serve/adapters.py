@@ -45,7 +45,8 @@ class Telemetry(msgspec.Struct, frozen=True):
     seconds: float
     prefill_tokens: int = 0
     decodes: int = 0
-    kv_tokens: int = 0
+    kv_tokens: int = 0  # that the decodes of the iteration read
+    kv_held: int | None = None  # in memory
     tokens: dict[RequestId, int] = {}
     prefilling: dict[RequestId, int] = {}
 

@@ -111,7 +111,10 @@ class Front:
             _uncancel()
         except ApiError:
             raise
-        except Exception as error:  # ours: the client is told as much, the log everything
+        except Exception as error:
+            if _says_gone(error):
+                return
+            # Ours: the client is told as much, the log everything.
             log.exception("request %s failed", request.id)
             ticket.outcome = ticket.outcome or "failed"
             if exchange.started:
@@ -142,8 +145,12 @@ async def send_error(send: Send, error: ApiError, client_id: bytes) -> None:
         (b"x-request-id", client_id),
         *error.headers,
     ]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+    try:
+        await send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+    except RuntimeError as problem:
+        if not _says_gone(problem):
+            raise
 
 
 async def _body(headers: Mapping[bytes, bytes], receive: Receive, most: int) -> bytes | None:
@@ -153,27 +160,43 @@ async def _body(headers: Mapping[bytes, bytes], receive: Receive, most: int) -> 
     """
     length = headers.get(b"content-length", b"0")
     too_large = length.isdigit() and int(length) > most
-    pieces: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(UPLOAD_S):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return None
-                size += len(message["body"])
-                too_large = too_large or size > most
-                if too_large:
-                    pieces.clear()
-                else:
-                    pieces.append(message["body"])
-                if not message["more_body"]:
-                    break
-    except TimeoutError:
-        raise ApiError(408, "request_timeout", f"the body did not arrive within {UPLOAD_S:g} s") from None
+    message = await receive()
+    if message["type"] == "http.request" and not message["more_body"] and not too_large:  # all there at once
+        body: bytes = message["body"]
+        too_large = len(body) > most
+    else:
+        try:
+            async with asyncio.timeout(UPLOAD_S):
+                rest = await _rest(message, receive, 0 if too_large else most)
+        except TimeoutError:
+            raise ApiError(408, "request_timeout", f"the body did not arrive within {UPLOAD_S:g} s") from None
+        if rest is None:
+            return None
+        body, too_large = rest
     if too_large:
         raise ApiError(413, "request_too_large", f"the body is larger than {most} bytes")
-    return b"".join(pieces)
+    return body
+
+
+async def _rest(message: Any, receive: Receive, most: int) -> tuple[bytes, bool] | None:
+    """A body in pieces, and whether it is larger than `most`; None when the client left before its end."""
+    pieces: list[bytes] = []
+    size = 0
+    while message["type"] == "http.request":
+        size += len(message["body"])
+        if size > most:
+            pieces.clear()
+        else:
+            pieces.append(message["body"])
+        if not message["more_body"]:
+            return b"".join(pieces), size > most
+        message = await receive()
+    return None
+
+
+def _says_gone(error: Exception) -> bool:
+    """Whether a write failed because the client has left, which uvloop tells this way before it tells anybody."""
+    return isinstance(error, RuntimeError) and "closed" in str(error)
 
 
 async def _watch(receive: Receive, ticket: Ticket) -> None:

@@ -252,7 +252,7 @@ class Node:
         mine = self.tickets
         tokens = {request: count for request, count in line.tokens.items() if request in mine}
         prefilling = {request: left for request, left in line.prefilling.items() if request in mine}
-        self._driver.post(Progressed(now, self.id, tokens, prefilling, iteration, line.kv_tokens))
+        self._driver.post(Progressed(now, self.id, tokens, prefilling, iteration, line.kv_held))
 
 
 def _instance(spec: EngineSpec, engine: OpenAIEngine | None, facts: Facts) -> Instance:

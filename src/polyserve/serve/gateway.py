@@ -178,7 +178,7 @@ class Gateway:
                 node.set_pace(action.pace_s)
 
     def _observe(self, now: float, event: Event, actions: list[Action], took_s: float) -> None:
-        self.metrics.stepped(took_s)
+        self.metrics.stepped(event, took_s)
         if actions:
             self.decisions.observe(now, event, actions)
 
@@ -305,6 +305,7 @@ def bound(address: Address) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((address.host, address.port))
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise GatewayError(f"cannot listen on {address.host}:{address.port}: {error.strerror or error}") from None

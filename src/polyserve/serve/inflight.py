@@ -29,6 +29,9 @@ from polyserve.serve.driver import Driver
 if TYPE_CHECKING:
     from polyserve.serve.fleet import Node
 
+# A count closer than this to what the brain believes is no news to it.
+CORRECTED_BY = 0.02
+
 Interruption = Literal["lost", "evicted", "moved", "silent"]
 Outcome = Literal["ok", "refused", "cancelled", "rejected", "failed"]
 
@@ -149,7 +152,7 @@ class Ticket:
         if tokens:
             node.learn(self.events, tokens)
             self.tokens = max(1, tokens // self.request.n)
-        if prompt_tokens and prompt_tokens != self.request.prompt_tokens:
+        if prompt_tokens and abs(prompt_tokens - self.request.prompt_tokens) > CORRECTED_BY * prompt_tokens:
             self._driver.post(Corrected(now, self.request.id, prompt_tokens))
         if not self.events:
             self._first(now, node)

@@ -12,7 +12,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from polyserve.core.controller import Controller
-from polyserve.core.types import Action, Dispatch, Event, Refuse
+from polyserve.core.types import Action, Arrived, Dispatch, Event, Refuse, Slo
 from polyserve.serve.fleet import STALE_S, Fleet
 from polyserve.serve.inflight import Inflight, Ticket
 
@@ -34,54 +34,69 @@ class Metrics:
         own: dict[str, Any] = {"namespace": "polyserve", "registry": self.registry}
         by_tier = {"labelnames": ["tier"], **own}
         self._requests = Counter("requests", "Requests by how they ended.", ["tier", "outcome"], **own)
-        self._attained = Counter("slo_attained", "Requests with every token by its deadline.", **by_tier)
+        self.attained = Counter("slo_attained", "Requests with every token by its deadline.", **by_tier)
         self._missed = Counter("slo_missed", "Requests with a token after its deadline.", ["tier", "cause"], **own)
         self._promoted = Counter("promoted_requests", "Requests on a tighter tier.", ["from", "to"], **own)
-        self._ttft = Histogram("request_ttft_seconds", "To the first token.", buckets=TTFT_BUCKETS, **by_tier)
-        self._tpot = Histogram("request_tpot_seconds", "Per further token.", buckets=TPOT_BUCKETS, **by_tier)
-        self._lateness = Histogram(
+        self.ttft = Histogram("request_ttft_seconds", "To the first token.", buckets=TTFT_BUCKETS, **by_tier)
+        self.tpot = Histogram("request_tpot_seconds", "Per further token.", buckets=TPOT_BUCKETS, **by_tier)
+        self.lateness = Histogram(
             "request_lateness_seconds", "Of a request's latest token.", buckets=LATENESS_BUCKETS, **by_tier
         )
-        self._queue = Histogram("queue_seconds", "From arrival to dispatch.", buckets=TTFT_BUCKETS, **by_tier)
-        self._decision = Histogram("decision_seconds", "One step of the brain.", buckets=DECISION_BUCKETS, **own)
+        self.queue = Histogram("queue_seconds", "From arrival to dispatch.", buckets=TTFT_BUCKETS, **by_tier)
+        self._tiers: dict[str, _TierSeries] = {}
+        self._decision = Histogram("decision_seconds", "Where a request goes.", buckets=DECISION_BUCKETS, **own)
 
-    def stepped(self, took_s: float) -> None:
-        self._decision.observe(took_s)
+    def stepped(self, event: Event, took_s: float) -> None:
+        """Count a step of the brain, if it was a decision."""
+        if isinstance(event, Arrived):
+            self._decision.observe(took_s)
 
     def answered(self, ticket: Ticket) -> None:
         """Count a request that is over."""
-        dispatch, request = ticket.dispatch, ticket.request
+        dispatch, request, outcome = ticket.dispatch, ticket.request, ticket.outcome
+        assert outcome is not None, "a closed ticket has an outcome"
         tier = (dispatch.tier if dispatch else ticket.refused_by) or (BEST_EFFORT if request.slo is None else "none")
-        self._requests.labels(tier, ticket.outcome or "cancelled").inc()
+        series = self._tiers.get(tier)
+        if series is None:
+            series = self._tiers[tier] = _TierSeries(self, tier)
+        self._requests.labels(tier, outcome).inc()
         if dispatch is not None:
-            self._queue.labels(tier).observe(max(0.0, ticket.boarded_at - request.arrived_at))
+            series.queue.observe(max(0.0, ticket.boarded_at - request.arrived_at))
             if dispatch.promoted:
                 self._promoted.labels(tier, dispatch.host).inc()
-        if ticket.outcome == "ok" and ticket.first_at is not None:
-            self._ttft.labels(tier).observe(ticket.first_at - request.arrived_at)
+        if outcome == "ok" and ticket.first_at is not None:
+            series.ttft.observe(ticket.first_at - request.arrived_at)
             if ticket.tokens > 1:
-                self._tpot.labels(tier).observe((ticket.last_at - ticket.first_at) / (ticket.tokens - 1))
-        if request.slo is not None:
-            self._judge(ticket, tier)
+                series.tpot.observe((ticket.last_at - ticket.first_at) / (ticket.tokens - 1))
+        if request.slo is not None and outcome not in ("cancelled", "rejected"):
+            self._judge(ticket, request.slo, series)
 
-    def _judge(self, ticket: Ticket, tier: str) -> None:
-        slo, first_at = ticket.request.slo, ticket.first_at
-        assert slo is not None, "best effort is not judged"
-        if ticket.outcome in ("cancelled", "rejected"):
+    def _judge(self, ticket: Ticket, slo: Slo, series: _TierSeries) -> None:
+        if ticket.outcome != "ok":
+            self._missed.labels(series.tier, ticket.outcome).inc()
             return
-        if ticket.outcome == "ok":
-            self._lateness.labels(tier).observe(ticket.lateness_s)
-        if ticket.outcome == "ok" and ticket.lateness_s <= 0.0:
-            self._attained.labels(tier).inc()
-        elif ticket.outcome != "ok":
-            self._missed.labels(tier, ticket.outcome).inc()
+        series.lateness.observe(ticket.lateness_s)
+        if ticket.lateness_s <= 0.0:
+            series.attained.inc()
         else:
-            late_first = first_at is not None and first_at > slo.due_at(ticket.request.arrived_at, 0)
-            self._missed.labels(tier, "ttft" if late_first else "tpot").inc()
+            late_first = ticket.first_at is not None and ticket.first_at > slo.due_at(ticket.request.arrived_at, 0)
+            self._missed.labels(series.tier, "ttft" if late_first else "tpot").inc()
 
     def text(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class _TierSeries:
+    """The series of one tier; to look them up by label each time costs more than to count."""
+
+    def __init__(self, metrics: Metrics, tier: str) -> None:
+        self.tier = tier
+        self.attained = metrics.attained.labels(tier)
+        self.ttft = metrics.ttft.labels(tier)
+        self.tpot = metrics.tpot.labels(tier)
+        self.lateness = metrics.lateness.labels(tier)
+        self.queue = metrics.queue.labels(tier)
 
 
 class Books(Collector):

@@ -255,10 +255,11 @@ class Exchange:
                 whole.append((b"content-type", b"application/json"))
             await self._start(response, dispatch, whole)
         await self._send({"type": "http.response.body", "body": answer, "more_body": False})
-        with contextlib.suppress(*UNREACHABLE):
-            async with asyncio.timeout(GOODBYE_S):
-                while await response.content.readany():
-                    pass
+        if not response.content.at_eof():
+            with contextlib.suppress(*UNREACHABLE):
+                async with asyncio.timeout(GOODBYE_S):
+                    while await response.content.readany():
+                        pass
 
     async def _start(self, response: aiohttp.ClientResponse, dispatch: Dispatch | None, more: Headers) -> None:
         named = {name for name, _ in more}
