@@ -142,13 +142,19 @@ class Ladder:
                 return placement
         if self._fleet.of_tier(tier.name):
             return None
-        spare = [b for b in self._fleet.ready() if b.tier is not None and self.holds(b, tier)]
-        rich = [b for b in spare if len(self._fleet.of_tier(b.tier)) > 1 and b.id not in job.avoid]
-        if not rich:
-            return None
-        books = min(rich, key=lambda b: (b.load, b.id))
-        forecast = self._at_pace(now, job, tier, books)
-        return Placement(job, books, forecast, takes=True) if forecast.admits else None
+        donors = [b for b in self._fleet.ready() if b.id not in job.avoid and self._spares(b, tier)]
+        for books in sorted(donors, key=lambda b: (b.load, b.id)):
+            forecast = self._at_pace(now, job, tier, books)
+            if forecast.admits:
+                return Placement(job, books, forecast, takes=True)
+        return None
+
+    def _spares(self, books: Books, tier: Tier) -> bool:
+        """Whether another tier can give an instance: its last one only to a tighter tier, where it stays a guest."""
+        if books.tier is None or not self.holds(books, tier):
+            return False
+        looser = self._rank[books.tier] > self._rank[tier.name]
+        return looser or len(self._fleet.of_tier(books.tier)) > 1
 
     def _at_pace(self, now: float, job: Job, tier: Tier, books: Books, without_best_effort: bool = False) -> Forecast:
         """The forecast as if the instance ran at the tier's own pace."""

@@ -209,7 +209,7 @@ class Scaler:
     @property
     def elastic(self) -> bool:
         """Whether instances may be started and stopped at all."""
-        return self._settings.max_instances > 0
+        return self._settings.max_instances > 0 and self._settings.router == "tiers"
 
     def look(self, now: float, waiting: Sequence[TierName], starting: int) -> Plan:
         """One look: `waiting` tiers have pending requests, `starting` instances are on their way."""
