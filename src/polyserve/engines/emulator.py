@@ -83,7 +83,7 @@ class Emulator:
         self._watchers: set[asyncio.Event] = set()
 
     def __repr__(self) -> str:
-        return f"Emulator({self.engine!r}, lag {self.lag_s * 1e3:.1f} ms)"
+        return f"Emulator({self.profile.name}, {self.engine!r}, lag {self.lag_s * 1e3:.1f} ms)"
 
     @property
     def keeps_real_time(self) -> bool:

@@ -160,6 +160,7 @@ class App:
         await _answer(send, b"{}")
 
     async def _telemetry(self, emulator: Emulator, scope: Scope, receive: Receive, send: Send) -> None:
+        await _body(receive)
         gone = asyncio.ensure_future(receive())
         lines = asyncio.ensure_future(_send_telemetry(emulator, send))
         try:
@@ -230,7 +231,7 @@ class EngineError(ValueError):
 class Server(uvicorn.Server):
     """Says when it is up; ends in order on a signal, and with code 0."""
 
-    def __init__(self, config: uvicorn.Config, up: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, up: Callable[[], object]) -> None:
         super().__init__(config)
         self._up = up
 
@@ -243,7 +244,11 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.stop)
-        yield
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
 
     def stop(self) -> None:
         self.should_exit = True
@@ -272,15 +277,31 @@ class EngineOptions:
 
 def run_engine(options: EngineOptions, said: Callable[[str], None] = print) -> None:
     """Serve until a signal comes; raises `EngineError` or `ProfileError` when it cannot."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve_engine(options, said))
+
+
+async def serve_engine(options: EngineOptions, said: Callable[[str], None]) -> None:
+    """Serve until a signal comes or this task is cancelled; `said` gets a line per instance, its URL last."""
     true, believed, chunk = _checked(options)
     sockets = _listen(options)
     try:
         _warm_up(true)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(options, true, believed, chunk, sockets, said))
+        emulators = {
+            (port := each.getsockname()[1]): _emulator(options, true, believed, chunk, port) for each in sockets
+        }
+        # What is here now stays: later collections need not look at it, and pause everybody less.
+        gc.collect()
+        gc.freeze()
+        await _serve(emulators, sockets, lambda: _tell(emulators, options, said))
     finally:
         for each in sockets:
             each.close()
+
+
+def _tell(emulators: dict[int, Emulator], options: EngineOptions, said: Callable[[str], None]) -> None:
+    for emulator in emulators.values():
+        said(f"engine {emulator.model}, chunk {options.chunk}: http://{emulator.instance.id}")
 
 
 def _checked(options: EngineOptions) -> tuple[Profile, Profile, ChunkRule]:
@@ -334,36 +355,29 @@ def _warm_up(profile: Profile) -> None:
     engine.cancel(0.0, "0")
 
 
-async def _serve(
-    options: EngineOptions,
-    true: Profile,
-    believed: Profile,
-    chunk: ChunkRule,
-    sockets: list[socket.socket],
-    said: Callable[[str], None],
-) -> None:
-    settings = Settings().replaced({"chunk_bound": options.chunk_bound})
-    emulators: dict[int, Emulator] = {}
-    for listener in sockets:
-        port = listener.getsockname()[1]
-        instance = Instance(
-            f"{options.host}:{port}",
-            believed.name,
-            chunk,
-            options.order or ("deadline" if chunk.kind == "dynamic" else "fcfs"),
-            kv_tokens=options.kv_tokens,
-            max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-        )
-        emulators[port] = Emulator(
-            instance,
-            true,
-            believed,
-            settings=settings,
-            model=options.model_name or true.name,
-            seed=options.seed,
-            jitter=options.jitter,
-        )
+def _emulator(options: EngineOptions, true: Profile, believed: Profile, chunk: ChunkRule, port: int) -> Emulator:
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    instance = Instance(
+        f"{host}:{port}",
+        believed.name,
+        chunk,
+        options.order or ("deadline" if chunk.kind == "dynamic" else "fcfs"),
+        kv_tokens=options.kv_tokens,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+    )
+    return Emulator(
+        instance,
+        true,
+        believed,
+        settings=Settings().replaced({"chunk_bound": options.chunk_bound}),
+        model=options.model_name or true.name,
+        seed=options.seed,
+        jitter=options.jitter,
+    )
+
+
+async def _serve(emulators: dict[int, Emulator], sockets: list[socket.socket], up: Callable[[], object]) -> None:
     config = uvicorn.Config(
         App(emulators),
         http="httptools",
@@ -377,21 +391,16 @@ async def _serve(
         timeout_keep_alive=600,
         timeout_graceful_shutdown=1,
     )
-    # What is here now stays: later collections need not look at it, and pause everybody less.
-    gc.collect()
-    gc.freeze()
-
-    def up() -> None:
-        for port in emulators:
-            said(f"engine {true.name}, chunk {options.chunk}: http://{options.host}:{port}")
-
     server = Server(config, up)
-    tasks = [asyncio.create_task(server.serve(sockets))]
-    tasks += [asyncio.create_task(emulator.run()) for emulator in emulators.values()]
+    serving = asyncio.create_task(server.serve(sockets))
+    running = [asyncio.create_task(emulator.run()) for emulator in emulators.values()]
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait((serving, *running), return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()  # an engine that stands still is no engine: its error ends them all
     finally:
-        for task in tasks:
+        server.stop()
+        await asyncio.wait((serving,))
+        for task in running:
             task.cancel()
-    for task in done:
-        task.result()
+        await asyncio.gather(*running, return_exceptions=True)
