@@ -43,6 +43,7 @@ from polyserve.core.kernels import (
     I_SPEND,
     I_TOKENS,
     R_BAND,
+    R_BASE,
     R_CAP,
     R_COLUMNS,
     R_DUE,
@@ -50,6 +51,7 @@ from polyserve.core.kernels import (
     R_LEFT,
     R_MADE,
     R_PROMPT,
+    R_SEEN,
     R_TPOT,
     Matrix,
     Vector,
@@ -220,6 +222,35 @@ def test_a_gauge_is_the_sum_over_residents(case: Case) -> None:
         assert line.tolist() == near(twin)
     peak_s = kernels.peak_s(case.profile.packed, gauged, len(GRID), 1.2)
     assert peak_s == near(plain.peak_s(case.profile, wanted, 1.2))
+
+
+@given(cases())
+def test_residents_are_tallied(case: Case) -> None:
+    assert kernels.tally(case.rows, case.count) == near(plain.tally(case.plainly().residents))
+
+
+@given(cases(), st.data())
+def test_reported_tokens_are_taken_in(case: Case, data: st.DataObject) -> None:
+    case.rows[:, R_BASE] = 2.0
+    side, reported = case.plainly(), data.draw(st.lists(st.integers(0, max(case.count - 1, 0)), unique=True))
+    at = reported if case.count else []
+    counts = [float(data.draw(st.integers(0, 90))) for _ in at]
+    plain.take_in([(side.residents[i], count) for i, count in zip(at, counts, strict=True)])
+    kernels.take_in(case.rows, np.array(at, np.int64), np.array(counts))
+    for column, wanted in (
+        (R_LEFT, [r.left for r in side.residents]),
+        (R_MADE, [r.made for r in side.residents]),
+        (R_SEEN, [r.seen for r in side.residents]),
+    ):
+        assert case.rows[:, column].tolist() == wanted
+
+
+@given(st.floats(0, 200_000))
+def test_the_bin_of_a_length_is_found(made: float) -> None:
+    low = kernels.bin_of(EDGES, made)
+    assert low == plain.bin_of(EDGE_LIST, made)
+    assert EDGE_LIST[low] <= made
+    assert low == len(EDGES) - 1 or made < EDGE_LIST[low + 1]
 
 
 @given(st.lists(st.floats(0, 1e4), min_size=len(GRID), max_size=len(GRID)), st.floats(0, 10_000))

@@ -281,8 +281,8 @@ def run_queue(
     """Follow an instance's prefill queue, chunk by chunk as its rule makes them.
 
     Returns when the candidate's token 0 and token 1 are made, and the smallest slack a decode keeps. Stops early once
-    the candidate has no token 0 by `until`; what was not reached is inf. `finish[i]` becomes the time of row i's token 0, `finish[count]` the candidate's. The plain twin is
-    `plain.run_queue`.
+    the candidate has no token 0 by `until`; what was not reached is inf. `finish[i]` becomes the time of row i's token
+    0, `finish[count]` the candidate's. The plain twin is `plain.run_queue`.
     """
     order = np.empty(count + 1, np.int64)
     waiting, decodes = 0, 0

@@ -31,12 +31,14 @@ class Resident:
     due: float  # of token 0
     tpot: float
     key: float  # by which the engine orders its prefills
+    base: float  # output tokens that earlier dispatches had delivered
+    seen: float  # output tokens reported since the request arrived
 
     @staticmethod
     def of(row: Sequence[float]) -> Resident:
         return Resident(
             row[k.R_PROMPT], row[k.R_LEFT], row[k.R_MADE], row[k.R_CAP], int(row[k.R_BAND]),
-            row[k.R_DUE], row[k.R_TPOT], row[k.R_KEY],
+            row[k.R_DUE], row[k.R_TPOT], row[k.R_KEY], row[k.R_BASE], row[k.R_SEEN],
         )  # fmt: skip
 
     @property
@@ -89,11 +91,28 @@ class Outlook:
     finish: dict[Resident, float] = field(default_factory=dict)  # token 0 of everybody queued
 
 
+def tally(residents: Sequence[Resident]) -> tuple[int, float, int, float]:
+    """Decodes and the KV they read, queued prompts and the tokens they lack."""
+    decoding, queue = [r for r in residents if r.decodes], [r for r in residents if not r.decodes]
+    return len(decoding), sum(r.prompt + r.made for r in decoding), len(queue), sum(r.left for r in queue)
+
+
+def take_in(reported: Sequence[tuple[Resident, float]]) -> None:
+    """Note how many output tokens each resident has been seen to have."""
+    for resident, count in reported:
+        resident.left, resident.seen, resident.made = 0.0, count, max(count - resident.base, 1.0)
+
+
+def bin_of(edges: Sequence[float], made: float) -> int:
+    """The bin of output lengths that `made` tokens fall into."""
+    return max(bisect_right(edges, made) - 1, 0)
+
+
 def alive(table: Table, edges: Sequence[float], resident: Resident, point: int, ahead: float) -> float:
     """Probability that a resident is still there at grid point `point`, `ahead` iterations on."""
     if resident.made + ahead >= resident.cap:
         return 0.0
-    return table[resident.band][max(bisect_right(edges, resident.made) - 1, 0)][point]
+    return table[resident.band][bin_of(edges, resident.made)][point]
 
 
 def gauge(residents: Sequence[Resident], table: Table, edges: Sequence[float], grid: Sequence[float]) -> Gauge:
