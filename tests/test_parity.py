@@ -12,14 +12,14 @@ import yaml
 
 from polyserve import config as configs
 from polyserve.core import bound
-from polyserve.core.settings import Settings
 from polyserve.core.types import ChunkRule
 from polyserve.demand import Arrivals, Workload, draw_requests, parse_tpot, parse_ttft
 from polyserve.demo.fleet import Fleet
+from polyserve.demo.show import twin
 from polyserve.profiles.store import load
 from polyserve.report import Outcome, score
 from polyserve.serve.replay import Endpoint, Prompts, Replayed, lag_note, replay, window
-from polyserve.sim.world import SimulationSpec, simulate
+from polyserve.sim.world import simulate
 from polyserve.traces import read_trace
 
 pytestmark = pytest.mark.live
@@ -77,15 +77,7 @@ def live(config: Path, workload: Workload) -> Iterator[Replayed]:
 
 @pytest.fixture(scope="module")
 def simulated(config: Path, workload: Workload) -> list[Outcome]:
-    plan = configs.load(config, launch=True)
-    spec = SimulationSpec(
-        requests=list(workload),
-        tiers=plan.configured.tiers,
-        settings=Settings(**plan.configured.settings),  # type: ignore[arg-type]
-        profile=load(PROFILE),
-        instances=INSTANCES,
-    )
-    return simulate(spec).outcomes
+    return simulate(twin(workload, configs.load(config, launch=True).configured, load(PROFILE))).outcomes
 
 
 def test_attainment_per_tier_is_within_three_points(

@@ -81,13 +81,14 @@ def test_it_prints_every_tier_live_and_simulated_and_leaves_nothing(place: Place
     code, out, err = place.finish("run", "--seconds", "8")
     assert code == 0, err
     assert err == ""
-    for tier in ("20 ms/token", "30 ms/token", "50 ms/token", "100 ms/token", "all"):
+    for tier in ("voice, 20 ms", "agent, 30 ms", "chat, 50 ms", "report, 100 ms", "all"):
         row = next(line for line in out.splitlines() if tier in line)
         assert re.search(r"│ live .*│ +\d+\.\d %", row), row
     assert len(re.findall(r"│ simulated +│ +\d+\.\d %", out)) == 5
-    assert len(re.findall(r"│ simulated, round-robin .*│ +\d+\.\d %", out)) == 5
-    assert re.search(r"^  i0 [abcd·]", out, re.M), out
+    assert len(re.findall(r"│ simulated round-robin +│ +\d+\.\d %", out)) == 5
+    assert re.search(r"^  i1 [abcd·]", out, re.M), out
     assert "client lag p99" in out
+    assert "engines' lag: " in out
     assert place.left() == []
 
 

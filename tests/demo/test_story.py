@@ -2,11 +2,12 @@ import io
 
 from rich.console import Console
 
-from polyserve.core.types import Slo
+from polyserve.core.types import Slo, Tier
 from polyserve.demo.story import Seen, comparison, timeline
 from polyserve.report import Outcome, Score, score
 
 PACES = [0.02, 0.05]
+TIERS = [Tier("tight", 0.02, 0.3), Tier("loose", 0.05, 0.3)]
 
 
 def finished(name: str, tpot_s: float, late_s: float) -> Outcome:
@@ -24,7 +25,7 @@ def scored(*outcomes: Outcome) -> Score:
 def printed(scores: dict[str, Score]) -> list[list[str]]:
     """The cells of the table, row by row."""
     out = io.StringIO()
-    Console(file=out, width=140).print(comparison(scores))
+    Console(file=out, width=140).print(comparison(scores, TIERS))
     rows = [line for line in out.getvalue().splitlines() if line.startswith("│")]
     return [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
 
@@ -34,9 +35,9 @@ def test_each_tier_shows_what_everybody_says_of_the_same_requests() -> None:
     simulated = scored(finished("a", 0.02, -0.1), finished("b", 0.02, -0.1), finished("c", 0.05, -0.1))
     rows = printed({"live": live, "simulated": simulated})
     assert [row[:4] for row in rows] == [
-        ["20 ms/token", "2", "live", "50.0 %"],
+        ["tight, 20 ms", "2", "live", "50.0 %"],
         ["", "", "simulated", "100.0 %"],
-        ["50 ms/token", "1", "live", "0.0 %"],
+        ["loose, 50 ms", "1", "live", "0.0 %"],
         ["", "", "simulated", "100.0 %"],
         ["all", "3", "live", "33.3 %"],
         ["", "", "simulated", "100.0 %"],
@@ -46,7 +47,7 @@ def test_each_tier_shows_what_everybody_says_of_the_same_requests() -> None:
 
 def test_a_tier_without_requests_has_no_figures() -> None:
     rows = printed({"live": scored(finished("a", 0.02, -0.1))})
-    assert rows[1] == ["50 ms/token", "0", "live", "-", "-", "-", "-", "-", "0", "0"]
+    assert rows[1] == ["loose, 50 ms", "0", "live", "-", "-", "-", "-", "-", "0", "0"]
 
 
 def test_the_timeline_shows_who_served_what_when() -> None:

@@ -41,6 +41,8 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(highlight=False, soft_wrap=True, width=120)
     try:
         if options.command == "run":
             run_demo(console, options.config, options.run, options.seconds, options.seed, options.patience)

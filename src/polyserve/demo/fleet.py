@@ -48,7 +48,7 @@ class Fleet:
         listen = plan["listen"]
         host, port = listen["host"], listen["port"]
         listen["port"] = free_port(host, port)
-        if listen["port"] != port:
+        if port and listen["port"] != port:
             say(f"port {port} is taken: the gateway listens on {listen['port']} instead")
         settled = run / "fleet.yaml"
         settled.write_text(f"# {config} with the port of this run\n{yaml.safe_dump(plan, sort_keys=False)}")

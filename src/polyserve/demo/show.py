@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import uvloop
@@ -32,8 +34,9 @@ from polyserve.traces import Trace, read_trace
 TRACE = "azure-conv"
 TPOTS, TTFTS = parse_tpot("20:.1,30:.2,50:.3,100:.4"), parse_ttft("300,500,1000")
 OF_OPTIMAL = 0.8
-CHUNKS = (512, 2048)  # fixed budgets that the baseline may choose from
+CHUNKS = (256, 512, 2048)  # tokens per iteration that the baseline may choose from
 SAY_EVERY_S = 15.0
+HOP_S = 0.002  # from gateway to engine or back, on one machine
 LOOK_S = 0.5
 
 
@@ -63,6 +66,7 @@ class Live:
     outcomes: list[Outcome] = field(default_factory=list)  # of the requests sent so far
     looks: list[Seen] = field(default_factory=list)
     over: int = 0
+    engines: list[dict[str, Any]] = field(default_factory=list)  # what each said of itself at the end
 
     def count(self, over: int) -> None:
         self.over = over
@@ -125,25 +129,35 @@ def prepare(config: Path, seconds: float, seed: int) -> Stage:
 async def replay_live(stage: Stage, url: str, live: Live, show: Callable[[], None]) -> Replayed:
     """Send everything; meanwhile look at the fleet's tiers, and show how far it is."""
     endpoint = Endpoint(url, stage.model, max_tokens="none")
-    watcher = asyncio.create_task(watch(url, live, show))
-    try:
-        prompts = Prompts(stage.trace, stage.workload, stage.seed)
-        return await replay(stage.workload, prompts, endpoint, live.count, live.outcomes)
-    finally:
-        watcher.cancel()
+    prompts = Prompts(stage.trace, stage.workload, stage.seed)
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5.0)) as session:
+        watcher = asyncio.create_task(watch(session, url, live, show))
+        try:
+            replayed = await replay(stage.workload, prompts, endpoint, live.count, live.outcomes)
+        finally:
+            watcher.cancel()
+        for instance in await instances(session, url):
+            async with session.get(f"{instance['url']}/polyserve/info") as response:
+                live.engines.append(await response.json())
+    return replayed
 
 
-async def watch(url: str, live: Live, show: Callable[[], None]) -> None:
+async def instances(session: aiohttp.ClientSession, url: str) -> list[dict[str, Any]]:
+    """The fleet as the gateway shows it."""
+    async with session.get(f"{url}/admin/fleet") as response:
+        shown: list[dict[str, Any]] = (await response.json())["instances"]
+        return shown
+
+
+async def watch(session: aiohttp.ClientSession, url: str, live: Live, show: Callable[[], None]) -> None:
     """Note the tier of every instance now and then."""
     began = time.monotonic()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5.0)) as session:
-        while True:
-            with suppress(aiohttp.ClientError, TimeoutError):  # one look missed: the next is soon
-                async with session.get(f"{url}/admin/fleet") as response:
-                    instances = (await response.json())["instances"]
-                live.looks.append(Seen(time.monotonic() - began, {i["id"]: i["tier"] for i in instances}))
-            show()
-            await asyncio.sleep(LOOK_S)
+    while True:
+        with suppress(aiohttp.ClientError, TimeoutError):  # one look missed: the next is soon
+            tiers = {i["id"]: i["tier"] for i in await instances(session, url)}
+            live.looks.append(Seen(time.monotonic() - began, tiers))
+        show()
+        await asyncio.sleep(LOOK_S)
 
 
 @contextmanager
@@ -171,27 +185,29 @@ def progress(console: Console, live: Live) -> Iterator[Callable[[], None]]:
 
 def simulate_all(stage: Stage) -> dict[str, Score]:
     """Scores of the very same requests under the gateway's own policy, and under round-robin at its best chunk."""
-    own = Settings(**stage.configured.settings)  # type: ignore[arg-type]
-    plain = policy("round-robin")
-    baselines = {
-        f"simulated, round-robin (chunk {chunk})": _simulated(stage, plain, ChunkRule("fixed", chunk))
-        for chunk in CHUNKS
-    }
-    best = max(baselines, key=lambda name: baselines[name].overall.share.attained)
-    return {"simulated": _simulated(stage, own, ChunkRule()), best: baselines[best]}
+    own = twin(stage.workload, stage.configured, stage.profile)
+    plain = replace(own, settings=policy("round-robin"), instances=stage.instances, order="fcfs")
+    baselines = [_scored(stage, replace(plain, chunk=ChunkRule("fixed", chunk))) for chunk in CHUNKS]
+    best = max(baselines, key=lambda each: each.overall.share.attained)
+    return {"simulated": _scored(stage, own), "simulated round-robin": best}
 
 
-def _simulated(stage: Stage, settings: Settings, chunk: ChunkRule) -> Score:
-    spec = SimulationSpec(
-        requests=list(stage.workload),
-        tiers=stage.configured.tiers,
-        settings=settings,
-        profile=stage.profile,
-        instances=stage.instances,
-        chunk=chunk,
-        order="deadline" if chunk.kind == "dynamic" else "fcfs",
-        seed=stage.seed,
+def twin(workload: Workload, configured: Configured, profile: Profile) -> SimulationSpec:
+    """The simulation of what `polyserve up` does with emulated engines of `profile`, none of which runs yet."""
+    return SimulationSpec(
+        requests=list(workload),
+        tiers=configured.tiers,
+        settings=Settings(**configured.settings),  # type: ignore[arg-type]
+        profile=profile,
+        instances=0,  # the controller starts them
+        sight="perfect",  # emulated engines tell their iterations
+        lag_s=HOP_S,
+        network_s=HOP_S,
+        seed=configured.seed,
     )
+
+
+def _scored(stage: Stage, spec: SimulationSpec) -> Score:
     return score(simulate(spec).outcomes, (0.0, stage.workload.duration_s), stage.paces_s)
 
 
@@ -200,8 +216,29 @@ def _simulated(stage: Stage, settings: Settings, chunk: ChunkRule) -> Score:
 
 def tell(console: Console, stage: Stage, replayed: Replayed, live: Live, simulated: dict[str, Score]) -> None:
     seen = score(replayed.outcomes, window(stage.workload, replayed), stage.paces_s)
-    console.print(comparison({"live": seen, **simulated}))
-    console.print("\nwhich tier each instance served:")
+    console.print(comparison({"live": seen, **simulated}, stage.configured.tiers))
+    console.print(
+        "attained: every token came by its deadline; promoted: served on a tighter tier's instance\n"
+        "\nwhich tier each instance served, live:"
+    )
     for row in timeline(live.looks, [tier.name for tier in stage.configured.tiers], stage.workload.duration_s):
         console.print(row)
-    console.print(f"\n{lag_note(replayed.lag)}")
+    console.print()
+    if failed := Counter(outcome.code for outcome in replayed.outcomes if outcome.ending == "failed"):
+        console.print(f"failed: {', '.join(f'{count} x {code}' for code, count in failed.items())}")
+    console.print(lag_note(replayed.lag))
+    console.print(engine_note(live.engines))
+    if not (replayed.lag.kept_up and all(engine["keeps_real_time"] for engine in live.engines)):
+        console.print(
+            "THIS MACHINE COULD NOT KEEP REAL TIME: live is worse than such a fleet would be. "
+            "Four engines, a gateway and a client want two free cores.",
+            style="bold",
+        )
+
+
+def engine_note(engines: list[dict[str, Any]]) -> str:
+    """One line on whether the emulated engines kept to their profile."""
+    iterations = sum(engine["iterations"] for engine in engines)
+    late = sum(engine["late_iterations"] for engine in engines) / max(iterations, 1)
+    worst_s = max((engine["worst_lag_s"] for engine in engines), default=0.0)
+    return f"engines' lag: {late:.1%} of {iterations} iterations ended over 5 ms late, the worst {worst_s * 1e3:.0f} ms"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
-from polyserve.core.types import InstanceId, TierName
-from polyserve.report import Percentiles, Score, TierScore
+from polyserve.core.types import InstanceId, Tier, TierName
+from polyserve.report import Percentiles, Score, TierScore, tier_key
 
 # One letter and one colour per tier, tightest first; more tiers than these begin again.
 LETTERS, COLOURS = "abcdefgh", ("red", "yellow", "green", "cyan", "blue", "magenta", "white", "bright_black")
@@ -25,16 +25,16 @@ class Seen:
     tiers: Mapping[InstanceId, TierName | None]
 
 
-def comparison(scores: Mapping[str, Score]) -> Table:
+def comparison(scores: Mapping[str, Score], tiers: Sequence[Tier]) -> Table:
     """One row per tier and teller; each teller scored the very same requests."""
     rows = Table(title_justify="left")
-    rows.add_column("pace")
+    rows.add_column("tier", no_wrap=True)
     for heading in ("requests", "who", "attained", "TTFT p50", "p99 ms", "TPOT p50", "p99 ms", "promoted", "refused"):
-        rows.add_column(heading, justify="left" if heading == "who" else "right")
-    first = next(iter(scores.values()))
-    for key in first.tiers:
-        _add_tier(rows, f"{key} ms/token", {teller: score.tiers[key] for teller, score in scores.items()})
-    _add_tier(rows, "all", {teller: score.overall for teller, score in scores.items()})
+        rows.add_column(heading, justify="left" if heading == "who" else "right", no_wrap=True)
+    for tier in tiers:
+        key = tier_key(tier.tpot_s)
+        _add_tier(rows, f"{tier.name}, {key} ms", {who: score.tiers[key] for who, score in scores.items()})
+    _add_tier(rows, "all", {who: score.overall for who, score in scores.items()})
     return rows
 
 
