@@ -387,6 +387,7 @@ async def _serve(emulators: dict[int, Emulator], sockets: list[socket.socket], u
         access_log=False,
         server_header=False,
         date_header=False,
+        proxy_headers=False,
         # A gateway keeps its connections; one that we closed first would cost it a request.
         timeout_keep_alive=600,
         timeout_graceful_shutdown=1,

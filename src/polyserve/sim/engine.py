@@ -26,10 +26,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from polyserve.core.chunking import Verdict, chunk_law
+from polyserve.core.chunking import chunk_law
+from polyserve.core.kernels import FORCED
 from polyserve.core.profile import Profile
 from polyserve.core.settings import Settings
-from polyserve.core.types import Instance, Iteration, RequestId, Slo, to_microsecond
+from polyserve.core.types import Instance, Iteration, RequestId, Slo
 from polyserve.sim import kernels as k
 
 FIRST_SLOTS = 64
@@ -128,10 +129,10 @@ class Engine:
         self._exact = jitter == 0.0 and np.array_equal(self._true, self._believed)
         self._noise, self._jitter = noise, jitter
         self._correct, self._sigmas = settings.correction, SIGMAS * settings.safety_sigma
-        self._ratio, self._variance = 1.0, 0.0
+        self._off = self._ratio = self._margin = 1.0
+        self._variance = 0.0
         self.pace_s = math.inf
         self._shape = (0.0, 0.0, 0, 0, 0)
-        self._seconds = self._expected = 0.0
         self._slots: dict[RequestId, int] = {}
         self._ids: list[RequestId] = [""] * FIRST_SLOTS
         self._unused = list(range(FIRST_SLOTS - 1, -1, -1))
@@ -182,17 +183,21 @@ class Engine:
         slot = self._unused.pop()
         self._slots[job.id] = slot
         self._ids[slot] = job.id
-        ints, floats = self._ints, self._floats
-        ints[:, slot] = 0
-        ints[k.PROMPT, slot], ints[k.GENERATED, slot] = job.prompt_tokens, job.resume_from
-        ints[k.OUTPUT, slot], ints[k.SEQUENCE, slot] = job.output_tokens, self._sequence
         self._sequence += 1
         self._version += 1
-        floats[k.BASE, slot] = math.inf if job.slo is None else job.slo.due_at(job.arrived_at, 0)
-        floats[k.TPOT, slot] = math.inf if job.slo is None else job.slo.tpot_s
-        floats[k.WORST, slot] = -math.inf
-        floats[k.FIRST_AT, slot] = math.nan
-        k.enqueue(ints, floats, self._lists, self._state, slot)
+        k.admit(
+            self._ints,
+            self._floats,
+            self._lists,
+            self._state,
+            slot,
+            self._sequence,
+            job.prompt_tokens,
+            job.output_tokens,
+            job.resume_from,
+            math.inf if job.slo is None else job.slo.due_at(job.arrived_at, 0),
+            math.inf if job.slo is None else job.slo.tpot_s,
+        )
 
     def cancel(self, now: float, id: RequestId) -> bool:
         """Forget a request; False when it is not here. A running iteration keeps its length."""
@@ -210,7 +215,11 @@ class Engine:
         """Start the next iteration and say when it ends; None when one runs or there is no work."""
         if self.running or not self._slots:
             return None
-        seconds, expected, prefill, decodes, kv, verdict = k.compose(
+        stretch = 1.0
+        if self._jitter:
+            assert self._noise is not None
+            stretch = max(0.5, 1.0 + self._jitter * self._noise.gauss())
+        ends_at, length, self._off, prefill, decodes, kv, verdict = k.compose(
             self._true,
             self._believed,
             self._ints,
@@ -221,16 +230,13 @@ class Engine:
             now,
             self.pace_s,
             self._ratio,
-            1.0 + self._sigmas * math.sqrt(self._variance),
+            self._margin,
+            stretch,
         )
         assert prefill + decodes > 0, f"{self} stands still"
-        if self._jitter:
-            assert self._noise is not None
-            seconds *= max(0.5, 1.0 + self._jitter * self._noise.gauss())
-        self.forced_chunks += verdict == Verdict.FORCED
-        ends_at = to_microsecond(now + seconds)
-        self._seconds, self._expected = seconds, expected
-        self._shape = (ends_at, to_microsecond(ends_at - now), prefill, decodes, kv)
+        if verdict == FORCED:
+            self.forced_chunks += 1
+        self._shape = (ends_at, length, prefill, decodes, kv)
         self.running = True
         return ends_at
 
@@ -270,9 +276,10 @@ class Engine:
 
     def _learn(self) -> None:
         """Take the iteration that just ended into the ratio of observed to believed time, and its spread."""
-        off = self._seconds / self._expected - self._ratio
+        off = self._off - self._ratio
         self._ratio += NEWEST * off
         self._variance += NEWEST * (off * off - self._variance)
+        self._margin = 1.0 + self._sigmas * math.sqrt(self._variance)
 
     @property
     def residents(self) -> int:

@@ -73,6 +73,30 @@ def enqueue(
 
 
 @njit(cache=True)
+def admit(
+    ints: IntMatrix,
+    floats: Matrix,
+    lists: IntMatrix,
+    state: IntVector,
+    slot: int,
+    sequence: int,
+    prompt: int,
+    output: int,
+    generated: int,
+    base: float,
+    tpot: float,
+) -> None:  # pragma: no cover - compiled
+    """Fill a free slot with a request and queue it."""
+    for row in range(INT_ROWS):
+        ints[row, slot] = 0
+    ints[PROMPT, slot], ints[OUTPUT, slot], ints[GENERATED, slot] = prompt, output, generated
+    ints[SEQUENCE, slot] = sequence
+    floats[BASE, slot], floats[TPOT, slot] = base, tpot
+    floats[WORST, slot], floats[FIRST_AT, slot] = -np.inf, np.nan
+    enqueue(ints, floats, lists, state, slot)
+
+
+@njit(cache=True)
 def remove(lists: IntMatrix, state: IntVector, row: int, slot: int) -> bool:  # pragma: no cover - compiled
     """Take a slot out of an ordered list; False when it is not there."""
     for j in range(state[row]):
@@ -228,11 +252,13 @@ def compose(
     pace: float,
     ratio: float,
     margin: float,
-) -> tuple[float, float, int, int, int, int]:  # pragma: no cover - compiled
+    stretch: float,
+) -> tuple[float, float, float, int, int, int, int]:  # pragma: no cover - compiled
     """Choose the next iteration's batch and take its KV.
 
-    `ratio`: observed over believed iteration time; `margin`: what slacks are divided by besides. Returns true
-    and believed seconds, prefill tokens, decodes, KV tokens that the decodes read, and the rule's verdict.
+    `ratio`: observed over believed iteration time; `margin`: what slacks are divided by besides; `stretch`: of this
+    iteration's true time. Returns when it ends, its length and the length over the one believed, prefill tokens,
+    decodes, KV tokens that the decodes read, and the rule's verdict.
     """
     state[PREEMPTED] = 0
     room_for_decodes(ints, floats, lists, state)
@@ -271,9 +297,11 @@ def compose(
             work[CHUNKS],
         )
         attention = give_chunks(ints, lists, state, work, count)
-    seconds = iteration_s(true, total, decodes, kv, attention)
+    seconds = stretch * iteration_s(true, total, decodes, kv, attention)
     expected = iteration_s(believed, total, decodes, kv, attention)
-    return seconds, expected, total, decodes, kv, verdict
+    ends_at = np.rint((now + seconds) * 1e6) / 1e6  # `to_microsecond`
+    length = np.rint((ends_at - now) * 1e6) / 1e6
+    return ends_at, length, seconds / expected, total, decodes, kv, verdict
 
 
 @njit(cache=True)
