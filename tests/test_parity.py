@@ -32,8 +32,8 @@ CONFIG = {
     "model": "llama-3-8b",
     "profile": PROFILE,
     "tiers": [
-        {"name": "agent", "tpot_ms": 30, "ttft_ms": 500},
-        {"name": "report", "tpot_ms": 100, "ttft_ms": 1000},
+        {"name": "agent", "tpot_ms": 30, "ttft_ms": 500, "min_instances": 1},
+        {"name": "report", "tpot_ms": 100, "ttft_ms": 1000, "min_instances": 1},
     ],
     "launcher": {"kind": "local", "min": INSTANCES, "max": INSTANCES},
 }
