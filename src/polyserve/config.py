@@ -6,6 +6,7 @@ file, the path of the key and what would do.
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import sys
@@ -191,6 +192,9 @@ def run_gateway(config_path: str | Path, launch: bool) -> None:
     made = load(config_path, launch)
 
     def say(gateway: Gateway, port: int) -> None:
+        # What is there now stays: no collection need walk it again, which would hold every stream up.
+        gc.collect()
+        gc.freeze()
         print(f"polyserve: {gateway.model} on http://{made.listen.host}:{port}/v1", flush=True)
 
     uvloop.run(serve(made, say))

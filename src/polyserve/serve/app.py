@@ -113,6 +113,8 @@ class Front:
             raise
         except Exception as error:
             if _says_gone(error):
+                ticket.gone = True
+                await asyncio.wait((watch,), timeout=1.0)  # until the server knows it too
                 return
             # Ours: the client is told as much, the log everything.
             log.exception("request %s failed", request.id)

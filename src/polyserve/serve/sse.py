@@ -63,11 +63,11 @@ class EventScanner:
             self._begun
             and data.startswith(b"data: {")
             and data.endswith(b"\n\n")
-            and data.count(b"\n\n") == 1
             and b"[]" not in data
-            and not data.startswith((b'data: {"error', b'data: {"object":"error'))
+            and b'"error"' not in data
+            and (ends := data.count(b"\n\n")) == data.count(b"\n\ndata: {") + 1
         ):
-            self.events += 1
+            self.events += ends
             return data
         return self._closely(data)
 
