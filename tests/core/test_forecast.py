@@ -270,7 +270,7 @@ def test_a_bound_request_may_be_judged_as_if_best_effort_had_left() -> None:
     stage.books.add(job(request("free", prompt=600), tier=None), 0.0)
     candidate = job(request("candidate", prompt=600))
     crowded = stage.forecaster.of(candidate, stage.books, 0.0, pace_s=0.2)
-    cleared = stage.forecaster.of(candidate, stage.books, 0.0, pace_s=0.2, without_best_effort=True)
+    cleared = stage.forecaster.of(candidate, stage.books, 0.0, pace_s=0.2, without=frozenset({"free"}))
     assert (crowded.lacks, cleared.lacks) == ("memory", None)
 
 

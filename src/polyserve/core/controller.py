@@ -560,8 +560,10 @@ class Controller:
             if rule == "refuse" and not job.late:
                 self._pending.remove(job.id)
                 self._refuse(job.id, "overloaded", job.tier, self._drain_s(job))
-            elif rule == "serve_late":
-                job.late = True
+            elif rule == "serve_late" and not job.late:
+                self._pending.remove(job.id)
+                job.late = job.behind = True
+                self._pending.push(job, self._now)
 
     # ------------------------------------------------------------------------------------------------- the look
 
@@ -626,14 +628,14 @@ class Controller:
                 self._refuse(job.id, "queue_timeout", job.tier, self._drain_s(job))
 
     def _age_best_effort(self) -> None:
-        """Best effort that has waited too long gets the loosest tier, from now on."""
+        """Best effort that has waited too long is a request of the loosest tier, from now on."""
         limit = self._now - self._settings.best_effort_max_age_s
         for job in [j for j in self._pending.best_effort.values() if j.request.arrived_at < limit]:
             self._pending.remove(job.id)
             tier = self._tiers[-1]
             aged = self._job(replace(job.request, arrived_at=self._now), tier, self._loosest_slo())
             aged.made = aged.seen = job.made
-            aged.late = True
+            aged.late = job.made > 0  # a stream that has begun is never refused
             aged.avoid = job.avoid
             self._demand.arrived(self._now, tier.name, aged.prefill_tokens)
             placement = self._router.place(self._now, aged)

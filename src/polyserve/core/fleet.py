@@ -105,6 +105,7 @@ class Job:
     instance: InstanceId | None = None
     pending_since: float = 0.0
     late: bool = False  # its deadline is lost or its stream has begun: served all the same, never refused
+    behind: bool = False  # waits behind everybody who can still be on time
     latest_at: float = math.inf  # beyond this no idle instance would be in time
     avoid: set[InstanceId] = field(default_factory=set)  # instances that broke it
 

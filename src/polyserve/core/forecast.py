@@ -29,14 +29,13 @@ from polyserve.core.kernels import (
     G_ROWS,
     I_KV,
     I_PACE,
-    R_DUE,
     Matrix,
     Vector,
 )
 from polyserve.core.lengths import EDGES, GRID, LengthModel
 from polyserve.core.profile import Limits, Profile
 from polyserve.core.settings import Settings
-from polyserve.core.types import Instance, Request
+from polyserve.core.types import Instance, Request, RequestId
 
 Cause = str  # name of a test
 
@@ -122,20 +121,20 @@ class Forecaster:
         pace_s: float,
         reserve: float = 0.0,
         waive: bool = False,
-        without_best_effort: bool = False,
+        without: frozenset[RequestId] = frozenset(),
         whole: bool = False,
     ) -> Forecast:
         """The forecast of `job` on `books` at `pace_s`, of which a share `reserve` stays free.
 
-        `waive`: the job's own deadline no longer counts. `without_best_effort`: as if residents without a deadline
-        had been evicted. `whole`: compute every margin even after one has decided.
+        `waive`: the job's own deadline no longer counts. `without`: as if these residents had left.
+        `whole`: compute every margin even after one has decided.
         """
         settings = self._settings
         self.asked += 1
         books.roll(now)
         rows, count, gauged = books.rows, len(books.ids), books.gauge()
-        if without_best_effort:
-            rows, gauged = self._bound_rows(books)
+        if without:
+            rows, gauged = self._rest(books, without)
             count = len(rows)
         inst = books.inst(now)
         inst[I_PACE] = pace_s * (1.0 - reserve)
@@ -164,9 +163,10 @@ class Forecaster:
             token1 = math.inf
         return Forecast(memory, seqs, pace, prefill, token1, queued, decodes, first, peak)
 
-    def _bound_rows(self, books: Books) -> tuple[Matrix, Matrix]:
-        """Rows of residents with a deadline, and their gauge."""
-        rows = np.ascontiguousarray(books.rows[np.isfinite(books.rows[:, R_DUE])])
+    def _rest(self, books: Books, without: frozenset[RequestId]) -> tuple[Matrix, Matrix]:
+        """Rows of the residents that stay, and their gauge."""
+        stay = [at for at, request in enumerate(books.ids) if request not in without]
+        rows = np.ascontiguousarray(books.rows[stay])
         gauged = np.zeros((G_ROWS, len(GRID)))
         kernels.gauge(rows, len(rows), self._lengths.table, EDGES, GRID, gauged)
         return rows, gauged

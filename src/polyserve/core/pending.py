@@ -3,63 +3,49 @@
 from __future__ import annotations
 
 import heapq
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 from polyserve.core.fleet import Job
 from polyserve.core.types import RequestId, TierName
 
+_Entry = tuple[bool, float, int, RequestId]  # behind, due at, order of entry
+
 
 class Queue:
-    """Jobs by the due time of their next token; ties by order of entry."""
+    """Jobs by the due time of their next token, those that went `behind` last; ties by order of entry."""
 
     def __init__(self) -> None:
-        self._entries: list[tuple[float, int, RequestId]] = []
-        self._jobs: dict[RequestId, tuple[float, int]] = {}
+        self._entries: list[_Entry] = []
+        self._jobs: dict[RequestId, _Entry] = {}
         self._by_id: dict[RequestId, Job] = {}
         self._sequence = 0
-        self.prompt_tokens = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Job]:
-        return (self._by_id[request] for _, _, request in self._entries)
+        return (self._by_id[entry[-1]] for entry in self._entries)
 
     def push(self, job: Job) -> None:
         self._sequence += 1
-        key = (job.due_at, self._sequence)
-        self._jobs[job.id] = key
+        entry = (job.behind, job.due_at, self._sequence, job.id)
+        self._jobs[job.id] = entry
         self._by_id[job.id] = job
-        self.prompt_tokens += job.prefill_tokens
-        insort(self._entries, (*key, job.id))
+        insort(self._entries, entry)
 
     def remove(self, job: Job) -> None:
-        due, sequence = self._jobs.pop(job.id)
         del self._by_id[job.id]
-        self.prompt_tokens -= job.prefill_tokens
-        at = _index(self._entries, (due, sequence, job.id))
-        del self._entries[at]
+        del self._entries[bisect_left(self._entries, self._jobs.pop(job.id))]
 
     def head(self, count: int) -> list[Job]:
         """The first `count` jobs."""
-        return [self._by_id[request] for _, _, request in self._entries[:count]]
+        return [self._by_id[entry[-1]] for entry in self._entries[:count]]
 
     def ahead_tokens(self, due_at: float) -> tuple[int, int]:
         """Jobs, and their prompt tokens, that are due before `due_at`."""
-        count = _index(self._entries, (due_at, -1, ""))
-        return count, sum(self._by_id[r].prefill_tokens for _, _, r in self._entries[:count])
-
-
-def _index(entries: list[tuple[float, int, RequestId]], entry: tuple[float, int, RequestId]) -> int:
-    low, high = 0, len(entries)
-    while low < high:
-        middle = (low + high) // 2
-        if entries[middle] < entry:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+        count = bisect_left(self._entries, (False, due_at, -1, ""))
+        return count, sum(job.prefill_tokens for job in self.head(count))
 
 
 class Pending:

@@ -156,7 +156,9 @@ class Ladder:
         looser = self._rank[books.tier] > self._rank[tier.name]
         return looser or len(self._fleet.of_tier(books.tier)) > 1
 
-    def _at_pace(self, now: float, job: Job, tier: Tier, books: Books, without_best_effort: bool = False) -> Forecast:
+    def _at_pace(
+        self, now: float, job: Job, tier: Tier, books: Books, without: frozenset[RequestId] = frozenset()
+    ) -> Forecast:
         """The forecast as if the instance ran at the tier's own pace."""
         tightest = min((j.slo.tpot_s for j in books.jobs.values() if j.slo), default=tier.tpot_s)
         return self._forecaster.of(
@@ -165,7 +167,7 @@ class Ladder:
             now,
             pace_s=min(tier.tpot_s, tightest) if tightest < tier.tpot_s else tier.tpot_s,
             waive=self._waived(now, job),
-            without_best_effort=without_best_effort,
+            without=without,
         )
 
     def _slow_down(self, now: float, job: Job, tier: Tier) -> Placement | None:
@@ -193,7 +195,9 @@ class Ladder:
         loosest = self._tiers[-1].tpot_s
         headroom = self._settings.best_effort_headroom
         forecast = self._forecaster.of(job, books, now, pace_s=min(books.pace_s, loosest), reserve=headroom, waive=True)
-        return Placement(job, books, forecast) if forecast.admits else None
+        # Queued prompts keep a part of their time: a forecast that best effort has used up has no room to be wrong.
+        kept_s = headroom * self._tiers[-1].ttft_s
+        return Placement(job, books, forecast) if forecast.admits and forecast.queued_s >= kept_s else None
 
     def _evict(self, now: float, job: Job, tier: Tier) -> Placement | None:
         """A place on the own tier's instances, once best-effort residents have left it."""
@@ -205,13 +209,17 @@ class Ladder:
         return None
 
     def _cleared(self, now: float, job: Job, tier: Tier, books: Books, *, takes: bool) -> Placement | None:
-        """The instance with as it is, or without its best-effort residents, or not at all."""
-        forecast = self._at_pace(now, job, tier, books)
-        if forecast.admits:
-            return Placement(job, books, forecast, takes)
-        free = tuple(j.id for j in books.jobs.values() if j.slo is None)
-        forecast = self._at_pace(now, job, tier, books, without_best_effort=True)
-        return Placement(job, books, forecast, takes, free) if free and forecast.admits else None
+        """The instance as it is, or without the newest of its best-effort residents, as few as will do."""
+        free = [j.id for j in books.jobs.values() if j.slo is None][::-1]
+        leave = 0
+        while True:
+            evicts = frozenset(free[:leave])
+            forecast = self._at_pace(now, job, tier, books, evicts)
+            if forecast.admits:
+                return Placement(job, books, forecast, takes, tuple(free[:leave]))
+            if leave >= len(free):
+                return None
+            leave = min(max(2 * leave, 1), len(free))
 
     # ------------------------------------------------------------------------------------------------ room again
 
