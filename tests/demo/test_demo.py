@@ -88,7 +88,7 @@ def test_it_prints_every_tier_live_and_simulated_and_leaves_nothing(place: Place
     assert len(re.findall(r"│ simulated round-robin +│ +\d+\.\d %", out)) == 5
     assert re.search(r"^  i1 [abcd·]", out, re.M), out
     assert "client lag p99" in out
-    assert "engines' lag: " in out
+    assert "engine lag: " in out
     assert place.left() == []
 
 
