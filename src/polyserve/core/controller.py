@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from typing import assert_never
 
@@ -633,7 +633,8 @@ class Controller:
         for job in [j for j in self._pending.best_effort.values() if j.request.arrived_at < limit]:
             self._pending.remove(job.id)
             tier = self._tiers[-1]
-            aged = self._job(replace(job.request, arrived_at=self._now), tier, self._loosest_slo())
+            waited_s = to_microsecond(self._now - job.request.arrived_at)
+            aged = self._job(job.request, tier, Slo(waited_s + tier.ttft_s, tier.tpot_s))
             aged.made = aged.seen = job.made
             aged.late = job.made > 0  # a stream that has begun is never refused
             aged.avoid = job.avoid
