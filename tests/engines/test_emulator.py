@@ -10,7 +10,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,11 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
-from quick_engine import running
+from quick_engine import QUICK, running
 
+from polyserve.core.settings import Settings
+from polyserve.core.types import Instance
+from polyserve.engines.emulator import Answer, Emulator
 from polyserve.engines.server import EngineError, EngineOptions, run_engine
 from polyserve.engines.words import count_tokens, read_text, voice, word
 
@@ -180,6 +185,17 @@ async def test_an_answer_ends_where_it_would_have_without_the_break(sdk: AsyncOp
     assert rest.choices[0].finish_reason == "stop"
 
 
+async def test_a_replay_may_tell_how_long_the_answer_is(sdk: AsyncOpenAI) -> None:
+    async def answer(prompt: str, max_tokens: int) -> Any:
+        extra = {"vllm_xargs": {"output_tokens": 12}}
+        got = await sdk.completions.create(model="quick", prompt=prompt, max_tokens=max_tokens, extra_body=extra)
+        return got.choices[0].text, got.choices[0].finish_reason
+
+    assert await answer(QUESTION, 50) == (words(QUESTION, 12), "stop")
+    assert await answer(QUESTION, 9) == (words(QUESTION, 9), "length")
+    assert await answer(QUESTION + words(QUESTION, 9), 50) == (words(QUESTION, 12)[len(words(QUESTION, 9)) :], "stop")
+
+
 async def test_a_client_that_leaves_frees_its_place(url: str, sdk: AsyncOpenAI, http: aiohttp.ClientSession) -> None:
     stream = await sdk.completions.create(
         model="quick", prompt=QUESTION, max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
@@ -261,6 +277,39 @@ async def test_telemetry_follows_requests_by_the_name_their_client_gave(url: str
     assert counts == sorted(set(counts))
     assert all(line["kv_tokens"] == 1200 + line["tokens"]["mine"] - 1 for line in lines[2:])
     assert all(line["decodes"] == 1 and 0 < line["seconds"] < 0.01 for line in lines[2:])
+
+
+class Recorder:
+    """Keeps when each token was made in the engine's own time, and stalls the machine once."""
+
+    def __init__(self) -> None:
+        self.made_at: list[float] = []
+        self.ended = asyncio.Event()
+        self.emulator: Emulator | None = None
+
+    def token(self, answer: Answer) -> None:
+        assert self.emulator is not None
+        assert self.emulator.iteration is not None
+        self.made_at.append(self.emulator.iteration.ended_at)
+        if answer.made == 5:
+            time.sleep(0.03)
+        if answer.ended:
+            self.ended.set()
+
+
+async def test_a_stall_of_the_machine_is_caught_up_with_and_told() -> None:
+    emulator, recorder = Emulator(Instance("i", "quick"), QUICK, QUICK, settings=Settings()), Recorder()
+    recorder.emulator = emulator
+    running = asyncio.create_task(emulator.run())
+    asked = {"prompt_tokens": 8, "delivered": 0, "output_tokens": 40, "reason": "length"}
+    emulator.submit("r", recorder, 0, 0, slo=None, arrived_at=emulator.clock(), **asked)  # type: ignore[arg-type]
+    await recorder.ended.wait()
+    running.cancel()
+    gaps = [later - earlier for earlier, later in pairwise(recorder.made_at)]
+    assert gaps == pytest.approx([QUICK.iteration_s(0, 1, 9)] * 39, abs=2e-6)
+    assert emulator.worst_lag_s > 0.02
+    assert emulator.late_iterations > 1
+    assert not emulator.keeps_real_time
 
 
 async def test_the_tightest_deadline_goes_first(tmp_path: Path, http: aiohttp.ClientSession) -> None:

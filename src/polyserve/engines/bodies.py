@@ -47,7 +47,6 @@ class BadRequestError(Exception):
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
 
 
 class Common(msgspec.Struct, kw_only=True):
