@@ -20,6 +20,7 @@ class FakeEngine:
     every_s: float = 0.0
     first_after_s: float = 0.0
     hang_up_after: int | None = None  # events sent before the connection is dropped; -1: before the head
+    hang_ups: int = 0  # requests whose connection is dropped before anything else happens
     status: int = 200
     answer: bytes | None = None  # in place of everything else, with `answer_type`
     answer_type: str = "text/event-stream"
@@ -90,7 +91,8 @@ class FakeEngine:
             return True
         ask = json.loads(body)
         self.seen.append((path, headers, ask))
-        if self.hang_up_after == -1:
+        if self.hang_up_after == -1 or self.hang_ups > 0:
+            self.hang_ups -= 1
             return False
         if self.status != 200:
             error = {"error": {"message": "engine says no", "type": "BadRequestError", "code": self.status}}

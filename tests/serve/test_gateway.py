@@ -286,6 +286,48 @@ async def test_when_every_engine_fails_the_client_may_come_back() -> None:
         await live.quiet()
 
 
+async def test_a_kept_connection_that_the_engine_closed_costs_one_more_try_and_no_detour() -> None:
+    engine = FakeEngine(hang_ups=1)
+    async with over(engine) as live:
+        assert (await post(live, CHAT))[0] == 200
+        assert len(engine.seen) == 2
+        assert 'outcome="ok"' in live.gateway.metrics.text().decode()
+
+
+async def test_a_deadline_out_of_reach_is_refused_with_the_time_to_come_back() -> None:
+    instances = [{"id": "e0", "url": "", "max_num_seqs": 1}]
+    engine = FakeEngine(first_after_s=60)
+    async with engine.running():
+        instances[0]["url"] = engine.url
+        async with listening(make_plan([], instances=instances)) as live:
+            await live.ready()
+            first = asyncio.create_task(post(live, CHAT))
+            await until(lambda: engine.streams == 1)
+            with pytest.raises(openai.RateLimitError) as caught:
+                await live.openai.chat.completions.create(
+                    model="tiny", messages=MESSAGES, extra_headers={"x-slo-ttft-ms": "100", "x-slo-tpot-ms": "100"}
+                )
+            assert caught.value.code == "overloaded"
+            assert int(caught.value.response.headers["retry-after-ms"]) >= 1
+            assert int(caught.value.response.headers["retry-after"]) >= 1
+            first.cancel()
+            await live.quiet()
+
+
+async def test_more_requests_than_may_be_open_are_refused() -> None:
+    engine = FakeEngine(first_after_s=60)
+    limits = {"probe_s": 0.05, "shutdown_s": 1, "open_requests": 2}
+    async with over(engine, limits=limits) as live:
+        asked = [asyncio.create_task(post(live, CHAT)) for _ in range(2)]
+        await until(lambda: len(live.gateway.inflight) == 2)
+        status, answer, headers = await post(live, CHAT)
+        assert (status, answer["error"]["code"]) == (429, "queue_full")
+        assert headers["retry-after"] == "1"
+        for task in asked:
+            task.cancel()
+        await live.quiet()
+
+
 async def test_a_stream_that_falls_silent_is_given_up() -> None:
     limits = {"probe_s": 0.05, "shutdown_s": 1, "silence_s": 0.2}
     async with over(FakeEngine(first_after_s=60), FakeEngine(), limits=limits) as live:

@@ -15,6 +15,7 @@ from starlette.routing import Route
 import polyserve
 from polyserve.core.types import InstanceId, Tier
 from polyserve.serve.adapters import KINDS, chunk_rule
+from polyserve.serve.app import RESTART_S
 from polyserve.serve.errors import ApiError
 from polyserve.serve.fleet import Fleet, Node
 from polyserve.serve.metrics import DECISIONS_KEPT, Decisions, Metrics
@@ -78,7 +79,7 @@ def _public_routes(house: House) -> list[Route]:
 
     async def ready(request: Request) -> Response:
         if not house.accepting():
-            raise ApiError(503, "shutting_down", "the gateway is shutting down", retry_after_s=5.0)
+            raise ApiError(503, "shutting_down", "the gateway is shutting down", retry_after_s=RESTART_S)
         if not house.fleet.ready:
             raise ApiError(503, "no_instances", "no instance is ready", retry_after_s=1.0)
         return Reply({"status": "ready"})

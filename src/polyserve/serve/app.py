@@ -30,6 +30,8 @@ Scope = dict[str, Any]
 _ENDPOINTS: dict[str, Endpoint] = {path: endpoint for endpoint, path in PATHS.items()}
 # A body that takes longer than this to arrive is not worth the wait.
 UPLOAD_S = 60.0
+# What a client waits for another gateway, or for this one to come back.
+RESTART_S = 5.0
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -101,32 +103,36 @@ class Front:
         ticket = self._inflight.open(request, client_id)
         if ticket is None:
             raise ApiError(429, "queue_full", "too many requests are open", retry_after_s=1.0)
-        watch = asyncio.get_running_loop().create_task(_watch(receive, ticket))
         exchange = Exchange(ticket, ask, headers, send, self._driver)
+        watch = asyncio.get_running_loop().create_task(_watch(receive, ticket))
+        try:
+            await self._answer(exchange, watch)
+        finally:
+            watch.cancel()
+            ticket.close()
+            self._metrics.answered(ticket)
+            self._learn(ask, exchange)
+
+    async def _answer(self, exchange: Exchange, watch: asyncio.Task[None]) -> None:
+        """Run an exchange to its end, whatever ends it; raises `ApiError` as long as a status can still tell it."""
+        ticket = exchange.ticket
         try:
             await exchange.run(self._fleet, self._bounds.attempts)
-        except asyncio.CancelledError:
-            if not ticket.gone:
-                raise
-            _uncancel()
         except ApiError:
             raise
+        except asyncio.CancelledError:
+            _uncancel()
+            if not ticket.gone:
+                ending = "the gateway ends before the answer does"
+                await exchange.give_up(ApiError(503, "shutting_down", ending, retry_after_s=RESTART_S))
         except Exception as error:
             if _says_gone(error):
                 ticket.gone = True
                 await asyncio.wait((watch,), timeout=1.0)  # until the server knows it too
                 return
             # Ours: the client is told as much, the log everything.
-            log.exception("request %s failed", request.id)
-            ticket.outcome = ticket.outcome or "failed"
-            if exchange.started:
-                raise
-            raise ApiError(500, "internal_error", "the gateway failed; its log says how") from error
-        finally:
-            watch.cancel()
-            ticket.close()
-            self._metrics.answered(ticket)
-            self._learn(ask, exchange)
+            log.exception("request %s failed", ticket.request.id)
+            await exchange.give_up(ApiError(500, "internal_error", "the gateway failed; its log says how"))
 
     def _internal_id(self, client_id: bytes) -> str:
         """The client's id, made unique: the brain and the engines know requests by it."""

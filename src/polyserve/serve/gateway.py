@@ -318,9 +318,10 @@ async def serve(plan: Plan, on_ready: Callable[[Gateway, int], None] | None = No
     `on_ready` is told of the gateway and of the port it listens on.
     """
     apart = plan.admin if plan.admin != plan.listen else None
-    listener = bound(plan.listen)
-    admin_listener = bound(apart) if apart is not None else None
-    async with running(plan) as gateway:
+    async with contextlib.AsyncExitStack() as stack:
+        listener = stack.enter_context(bound(plan.listen))
+        admin_listener = stack.enter_context(bound(apart)) if apart is not None else None
+        gateway = await stack.enter_async_context(running(plan))
         front = Server(gateway.front, plan.bounds.shutdown_s)
         serving = [asyncio.create_task(front.serve([listener]))]
         servers = [front]

@@ -89,7 +89,7 @@ class Exchange:
                 failures += 1
                 log.info("request %s on %s: %s", self.ticket.request.id, decision.instance, error)
                 if self.started or failures >= attempts:
-                    await self._give_up(error)
+                    await self.give_up(ApiError(502, "upstream_error", f"the engine failed: {error}"))
                     return
 
     async def _attempt(self, node: Node | None, dispatch: Dispatch) -> bool:
@@ -118,9 +118,11 @@ class Exchange:
             node.suspect(error.refused)
             raise
 
-    async def _give_up(self, failure: StreamFailedError) -> None:
+    async def give_up(self, error: ApiError) -> None:
+        """Tell the client that there will be no more; raises the error while a status can still tell it."""
+        if self.ticket.outcome == "ok":
+            return
         self.ticket.outcome = "failed"
-        error = ApiError(502, "upstream_error", f"the engine failed: {failure}")
         if not self.started:
             raise error
         self.ticket.close()
