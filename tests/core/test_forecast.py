@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes import STEADY, Stage, job, request
 
-from polyserve.core.forecast import Forecast
-from polyserve.core.lengths import GRID
+from polyserve.core.fleet import Books
+from polyserve.core.forecast import Forecast, Forecaster
+from polyserve.core.lengths import GRID, LengthModel
 from polyserve.core.profile import Limits, Profile
+from polyserve.core.settings import Settings
 from polyserve.core.types import ChunkRule, Instance, Request
 from polyserve.sim import engine as sim
 
@@ -272,6 +275,17 @@ def test_a_bound_request_may_be_judged_as_if_best_effort_had_left() -> None:
     crowded = stage.forecaster.of(candidate, stage.books, 0.0, pace_s=0.2)
     cleared = stage.forecaster.of(candidate, stage.books, 0.0, pace_s=0.2, without=frozenset({"free"}))
     assert (crowded.lacks, cleared.lacks) == ("memory", None)
+
+
+def test_the_margin_of_memory_ends_at_what_everybody_holds_who_stays() -> None:
+    """A prompt of 90 % of the memory fits alone, however little is known of its answer."""
+    lengths, most = LengthModel(1, 256), Limits(1000, 8, 512, block_size=1)
+    profile = dataclasses.replace(STEADY, limits=most)
+    books = Books(Instance("i", "steady"), profile, Settings(), lengths)
+    forecaster = Forecaster(Settings(), lengths)
+    for prompt, lacks in ((900, None), (980, "memory")):
+        candidate = request("candidate", prompt=prompt, ttft_s=9.0, most=50)
+        assert forecaster.of(job(candidate), books, 0.0, pace_s=0.1).lacks == lacks
 
 
 # ------------------------------------------------------------------------------------------------------ the law

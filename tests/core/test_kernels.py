@@ -217,7 +217,7 @@ def test_a_gauge_is_the_sum_over_residents(case: Case) -> None:
     side = case.plainly()
     wanted = plain.gauge(side.residents, case.plain_table(), EDGE_LIST, GRID_LIST)
     gauged = case.gauged()
-    lines = (wanted.batch, wanted.kv, wanted.variance, wanted.decodes, wanted.decode_kv)
+    lines = (wanted.batch, wanted.kv, wanted.variance, wanted.most, wanted.decodes, wanted.decode_kv)
     for line, twin in zip(gauged, lines, strict=True):
         assert line.tolist() == near(twin)
     peak_s = kernels.peak_s(case.profile.packed, gauged, len(GRID), 1.2)

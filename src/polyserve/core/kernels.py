@@ -169,8 +169,8 @@ def plan_prefill(
 R_PROMPT, R_LEFT, R_MADE, R_CAP, R_BAND, R_DUE, R_TPOT, R_KEY, R_BASE, R_SEEN, R_COLUMNS = range(11)
 # One instance, as the forecast sees it.
 I_KIND, I_TOKENS, I_SPEND, I_FLOOR, I_PACE, I_KV, I_SEQS, I_BLOCK, I_SCALE, I_FREE, I_SIGMA, I_COLUMNS = range(12)
-# The rows of a gauge, each over the grid of future iterations.
-G_BATCH, G_KV, G_VARIANCE, G_DECODES, G_DECODE_KV, G_ROWS = range(6)
+# The rows of a gauge, each over the grid of future iterations. MOST is the KV if nobody ends before its cap.
+G_BATCH, G_KV, G_VARIANCE, G_MOST, G_DECODES, G_DECODE_KV, G_ROWS = range(7)
 # The answer of a forecast.
 F_MEMORY, F_SEQS, F_PACE, F_PREFILL, F_TOKEN1, F_QUEUED, F_DECODES, F_FIRST, F_PEAK, F_COLUMNS = range(10)
 
@@ -233,6 +233,7 @@ def gauge(
             out[G_BATCH, p] += share
             out[G_KV, p] += share * held
             out[G_VARIANCE, p] += share * (1.0 - share) * held * held
+            out[G_MOST, p] += held
             if decoding:
                 out[G_DECODES, p] += share
                 out[G_DECODE_KV, p] += share * held
@@ -417,8 +418,10 @@ def forecast(
         batch = gauged[G_BATCH, p] + share
         kv = gauged[G_KV, p] + share * held
         variance = gauged[G_VARIANCE, p] + share * (1.0 - share) * held * held
-        spread = inst[I_SIGMA] * np.sqrt(variance)
-        memory = min(memory, inst[I_KV] - kv - spread - 0.5 * inst[I_BLOCK] * batch)
+        # A margin has no use beyond what they hold if all of them stay: of one long prompt alone it is no more.
+        most = gauged[G_MOST, p] + (held if share > 0.0 else 0.0)
+        needed = min(kv + inst[I_SIGMA] * np.sqrt(variance), most)
+        memory = min(memory, inst[I_KV] - needed - 0.5 * inst[I_BLOCK] * batch)
         peak = max(peak, iteration_s(profile, 0.0, batch, kv, 0.0))
     peak *= inst[I_SCALE]
     out[F_MEMORY], out[F_SEQS] = memory, inst[I_SEQS] - count - 1

@@ -77,6 +77,7 @@ class Gauge:
     batch: Line
     kv: Line
     variance: Line  # of the KV
+    most: Line  # KV if nobody ends before its cap
     decodes: Line
     decode_kv: Line
 
@@ -125,6 +126,7 @@ def gauge(residents: Sequence[Resident], table: Table, edges: Sequence[float], g
             result.batch[p] += share
             result.kv[p] += share * held
             result.variance[p] += share * (1.0 - share) * held * held
+            result.most[p] += held if share > 0.0 else 0.0
             if resident.decodes:
                 result.decodes[p] += share
                 result.decode_kv[p] += share * held
@@ -276,8 +278,8 @@ def forecast(
     """Every margin of one candidate on one instance; `waive`: its own deadline no longer counts."""
     gauged, with_it = (gauge(group, table, edges, grid) for group in (residents, [*residents, candidate]))
     memory = min(
-        station.kv - kv - station.sigma * math.sqrt(variance) - 0.5 * station.block * batch
-        for batch, kv, variance in zip(with_it.batch, with_it.kv, with_it.variance, strict=True)
+        station.kv - min(kv + station.sigma * math.sqrt(variance), most) - 0.5 * station.block * batch
+        for batch, kv, variance, most in zip(with_it.batch, with_it.kv, with_it.variance, with_it.most, strict=True)
     )
     peak = peak_s(profile, with_it, station.scale)
     joined = run_queue(profile, station, residents, gauged, grid, candidate, grow, now, math.inf)
