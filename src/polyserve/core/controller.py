@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import assert_never
 
-from polyserve.core.bound import one_solo_ttft_s
+from polyserve.core.admission import Admission
 from polyserve.core.fleet import Books, Fleet, Job, State
 from polyserve.core.forecast import Forecast, Forecaster, compile_kernels
 from polyserve.core.lengths import LengthModel
@@ -28,7 +28,6 @@ from polyserve.core.types import (
     Broken,
     Cancel,
     Cancelled,
-    ChunkRule,
     Configured,
     Corrected,
     Dispatch,
@@ -156,7 +155,7 @@ class Controller:
         self._profiles = {name: Profile.from_dict(plain) for name, plain in event.profiles.items()}
         self._lengths = LengthModel(len(self._tiers), self._settings.length_prior_tokens, self._settings.lengths)
         self._fleet = Fleet()
-        self._kinds: dict[tuple[str, ChunkRule], Profile] = {}  # of instances that ever joined
+        self._admission = Admission(self._settings, self._tiers, self._profiles, self._lengths)
         self._pending = Pending([tier.name for tier in self._tiers])
         self._demand = Demand(self._tiers, self._settings.length_prior_tokens)
         self._forecaster = Forecaster(self._settings, self._lengths)
@@ -201,8 +200,9 @@ class Controller:
     # ------------------------------------------------------------------------------------------------- requests
 
     def _arrived(self, request: Request) -> None:
-        job = self._admissible(request)
-        if job is None:
+        job = self._admission.admit(request)
+        if isinstance(job, str):
+            self._refuse(request.id, job, None, None)
             return
         if job.tier is not None:
             self._demand.arrived(self._now, job.tier, job.prompt_tokens)
@@ -219,63 +219,6 @@ class Controller:
             return len(self._pending.best_effort) > 0
         queue = self._pending.queues[job.tier]
         return len(queue) > 0 and queue.ahead_tokens(job.due_at)[0] > self._settings.head_walk
-
-    def _admissible(self, request: Request) -> Job | None:
-        """The job of a request, binned; None when it was refused at once."""
-        limits = [books.profile.limits for books in self._fleet] or [p.limits for p in self._profiles.values()]
-        context = min(max(x.context_tokens for x in limits), max(x.kv_tokens for x in limits))
-        if request.prompt_tokens + (request.max_tokens or 1) > context:
-            self._refuse(request.id, "context_length_exceeded", None, None)
-            return None
-        if self._settings.router != "tiers" and request.slo is None:
-            return self._job(request, None, None)
-        if request.slo is None:
-            if self._settings.best_effort:
-                return self._job(request, None, None)
-            return self._job(request, self._tiers[-1], self._loosest_slo())
-        tier = self._bin(request.slo)
-        slo = self._reachable(request, tier, request.slo)
-        if slo is None:
-            self._refuse(request.id, "slo_infeasible", None, None)
-            return None
-        return self._job(request, tier or self._tiers[0], slo)
-
-    def _loosest_slo(self) -> Slo:
-        return Slo(self._tiers[-1].ttft_s, self._tiers[-1].tpot_s)
-
-    def _bin(self, slo: Slo) -> Tier | None:
-        """The loosest tier that is no looser than asked; None when even the tightest is too loose."""
-        fitting = [tier for tier in self._tiers if tier.tpot_s <= slo.tpot_s * (1 + 1e-9)]
-        return fitting[-1] if fitting else None
-
-    def _reachable(self, request: Request, tier: Tier | None, slo: Slo) -> Slo | None:
-        """The SLO, if an idle instance would meet it; else the best possible one, or None by the settings."""
-        if self._settings.router != "tiers":
-            return slo
-        best = self._solo_ttft_s(request.prompt_tokens)
-        if tier is not None and best <= slo.ttft_s:
-            return slo
-        if self._settings.infeasible == "refuse" and self._settings.on_late == "refuse":
-            return None
-        return Slo(max(slo.ttft_s, best), slo.tpot_s if tier is not None else self._tiers[0].tpot_s)
-
-    def _solo_ttft_s(self, prompt_tokens: int) -> float:
-        """Time to first token on the fastest instance there is, were it idle."""
-        kinds = self._kinds.items()
-        return min((one_solo_ttft_s(profile, chunk, prompt_tokens) for (_, chunk), profile in kinds), default=0.0)
-
-    def _job(self, request: Request, tier: Tier | None, slo: Slo | None) -> Job:
-        index = None if tier is None else self._index[tier.name]
-        job = Job(
-            request,
-            tier.name if tier else None,
-            slo,
-            request.prompt_tokens,
-            self._lengths.row(index, request.prompt_tokens),
-        )
-        if slo is not None:
-            job.latest_at = to_microsecond(job.due_at - self._solo_ttft_s(request.prompt_tokens))
-        return job
 
     def _refuse(self, request: RequestId, code: RefuseCode, tier: TierName | None, retry_s: float | None) -> None:
         retry = None if retry_s is None else to_microsecond(max(retry_s, RETRY_FLOOR_S))
@@ -344,7 +287,7 @@ class Controller:
         if job.made > 0:
             job.late = True  # its stream has begun: it is never refused
         elif job.slo is not None:
-            job.latest_at = to_microsecond(job.due_at - self._solo_ttft_s(job.prefill_tokens))
+            self._admission.set_latest(job)
         self._pending.push(job, self._now)
 
     def _refill(self, books: Books) -> None:
@@ -462,7 +405,7 @@ class Controller:
             return
         books = Books(instance, self._profiles[instance.profile], self._settings, self._lengths)
         books.since = self._now
-        self._kinds[instance.profile, instance.chunk] = books.profile
+        self._admission.joined(books)
         self._fleet.books[instance.id] = books
 
     def _ready(self, instance: InstanceId) -> None:
@@ -634,7 +577,7 @@ class Controller:
             self._pending.remove(job.id)
             tier = self._tiers[-1]
             waited_s = to_microsecond(self._now - job.request.arrived_at)
-            aged = self._job(job.request, tier, Slo(waited_s + tier.ttft_s, tier.tpot_s))
+            aged = self._admission.job(job.request, tier, Slo(waited_s + tier.ttft_s, tier.tpot_s))
             aged.made = aged.seen = job.made
             aged.late = job.made > 0  # a stream that has begun is never refused
             aged.avoid = job.avoid

@@ -1,0 +1,93 @@
+"""What a request becomes before anything is decided about it: binned, checked against what is possible, a job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from polyserve.core.bound import one_solo_ttft_s
+from polyserve.core.fleet import Books, Job
+from polyserve.core.lengths import LengthModel
+from polyserve.core.profile import Profile
+from polyserve.core.settings import Settings
+from polyserve.core.types import ChunkRule, RefuseCode, Request, Slo, Tier, to_microsecond
+
+
+class Admission:
+    """Bins requests into tiers (tightest first) and refuses what even an idle instance could not do."""
+
+    def __init__(
+        self, settings: Settings, tiers: list[Tier], profiles: Mapping[str, Profile], lengths: LengthModel
+    ) -> None:
+        self._settings = settings
+        self._tiers = tiers
+        self._index = {tier.name: i for i, tier in enumerate(tiers)}
+        self._lengths = lengths
+        self._kinds: dict[tuple[str, ChunkRule], Profile] = {}  # of instances that ever joined
+        self._context = max(_context(profile) for profile in profiles.values())
+
+    def joined(self, books: Books) -> None:
+        """Learn what kind of instance there is."""
+        if not self._kinds:
+            self._context = 0
+        self._kinds[books.instance.profile, books.instance.chunk] = books.profile
+        self._context = max(self._context, min(books.profile.limits.context_tokens, books.kv_tokens))
+
+    def admit(self, request: Request) -> Job | RefuseCode:
+        """The request as a job, or why it can never be one."""
+        if request.prompt_tokens + (request.max_tokens or 1) > self._context:
+            return "context_length_exceeded"
+        if request.slo is None:
+            return self.job(request, *self._without_slo())
+        if self._settings.router != "tiers":
+            return self.job(request, self.bin(request.slo) or self._tiers[0], request.slo)
+        tier = self.bin(request.slo)
+        slo = self._reachable(request, tier, request.slo)
+        return "slo_infeasible" if slo is None else self.job(request, tier or self._tiers[0], slo)
+
+    def _without_slo(self) -> tuple[Tier | None, Slo | None]:
+        if self._settings.best_effort or self._settings.router != "tiers":
+            return None, None
+        loosest = self._tiers[-1]
+        return loosest, Slo(loosest.ttft_s, loosest.tpot_s)
+
+    def bin(self, slo: Slo) -> Tier | None:
+        """The loosest tier that is no looser than asked; None when even the tightest is too loose."""
+        fitting = [tier for tier in self._tiers if tier.tpot_s <= slo.tpot_s * (1 + 1e-9)]
+        return fitting[-1] if fitting else None
+
+    def _reachable(self, request: Request, tier: Tier | None, slo: Slo) -> Slo | None:
+        """The SLO, if an idle instance would meet it; else the best possible one, or None by the settings."""
+        best_s = self.solo_ttft_s(request.prompt_tokens)
+        paced = tier is not None and self._holds(tier)
+        if paced and best_s <= slo.ttft_s:
+            return slo
+        if self._settings.infeasible == "refuse" and self._settings.on_late == "refuse":
+            return None
+        return Slo(max(slo.ttft_s, best_s), slo.tpot_s if tier is not None else self._tiers[0].tpot_s)
+
+    def _holds(self, tier: Tier) -> bool:
+        """Whether some instance can keep a tier's pace at all."""
+        kinds = self._kinds.values()
+        return not kinds or any(profile.iteration_s(0, 1, 1) <= tier.tpot_s for profile in kinds)
+
+    def solo_ttft_s(self, prompt_tokens: int) -> float:
+        """Time to first token on the fastest instance there is, were it idle; 0 while none is known."""
+        kinds = self._kinds.items()
+        return min((one_solo_ttft_s(profile, chunk, prompt_tokens) for (_, chunk), profile in kinds), default=0.0)
+
+    def job(self, request: Request, tier: Tier | None, slo: Slo | None) -> Job:
+        """The job of a request; `tier` None is best effort."""
+        index = None if tier is None else self._index[tier.name]
+        row = self._lengths.row(index, request.prompt_tokens)
+        job = Job(request, tier.name if tier else None, slo, request.prompt_tokens, row)
+        self.set_latest(job)
+        return job
+
+    def set_latest(self, job: Job) -> None:
+        """Note the time beyond which no idle instance could make the job's next token in time."""
+        if job.slo is not None:
+            job.latest_at = to_microsecond(job.due_at - self.solo_ttft_s(job.prefill_tokens))
+
+
+def _context(profile: Profile) -> int:
+    return min(profile.limits.context_tokens, profile.limits.kv_tokens)
