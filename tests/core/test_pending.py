@@ -124,6 +124,29 @@ def test_one_that_waits_again_with_more_time_is_beyond_hope_at_the_new_time_only
     assert pending.beyond_hope(4.0) == []
 
 
+def test_one_that_waits_again_is_named_once() -> None:
+    pending = Pending(["t"])
+    entry = waiting("r")
+    entry.latest_at = 1.0
+    for _ in range(2):
+        pending.push(entry, 0.0)
+        pending.remove("r")
+    pending.push(entry, 0.0)
+    assert [job.id for job in pending.beyond_hope(1.0)] == ["r"]
+
+
+def test_who_went_behind_comes_after_everybody_else() -> None:
+    queue = Queue()
+    behind = waiting("behind", ttft_s=0.1)
+    behind.behind = True
+    for entry in (behind, waiting("a", ttft_s=5.0), waiting("b", ttft_s=1.0)):
+        queue.push(entry)
+    assert [job.id for job in queue] == ["b", "a", "behind"]
+    assert queue.ahead_tokens(3.0) == (1, 100)
+    queue.remove(behind)
+    assert [job.id for job in queue] == ["b", "a"]
+
+
 def test_waiting_counts_from_the_last_entry() -> None:
     pending = Pending(["t"])
     entry = waiting("r")

@@ -86,13 +86,13 @@ class Pending:
 
     def beyond_hope(self, now: float) -> list[Job]:
         """Jobs whose `latest_at` has passed since the last call."""
-        jobs = []
+        jobs: dict[RequestId, Job] = {}  # a job that has waited twice is in the heap twice
         while self._beyond and self._beyond[0][0] <= now:
             _, request = heapq.heappop(self._beyond)
             job = self._jobs.get(request)
             if job is not None and job.tier is not None and job.latest_at <= now:
-                jobs.append(job)
-        return jobs
+                jobs[request] = job
+        return list(jobs.values())
 
     @property
     def next_beyond_at(self) -> float | None:
