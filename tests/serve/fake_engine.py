@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,7 +142,7 @@ class FakeEngine:
             for index in range(n):
                 delta = {"role": "assistant", "content": ""}
                 events.append({**head, "choices": [{"index": index, "delta": delta, "finish_reason": None}]})
-        for token in range(self.tokens):
+        for token in range(_begun(chat, ask), self.tokens):
             finish = "stop" if token == self.tokens - 1 else None
             for index in range(n):
                 text = f"t{token} "
@@ -155,6 +156,14 @@ class FakeEngine:
         if (ask.get("stream_options") or {}).get("include_usage"):
             events.append({**head, "choices": [], "usage": usage})
         return [*(json.dumps(event, separators=(",", ":")).encode() for event in events), b"[DONE]"]
+
+
+def _begun(chat: bool, ask: dict[str, Any]) -> int:
+    """Tokens of the answer that came with the request."""
+    if not chat:
+        return len(re.findall(r"t\d+ ", str(ask["prompt"])))
+    last = ask["messages"][-1] if ask.get("continue_final_message") else {}
+    return len(re.findall(r"t\d+ ", str(last.get("content"))))
 
 
 def _whole(writer: asyncio.StreamWriter, status: int, kind: str, body: bytes) -> None:

@@ -365,6 +365,69 @@ async def test_requests_on_a_lost_engine_go_to_another() -> None:
         await live.quiet()
 
 
+# ---------------------------------------------------------------------------------------------------- best effort
+
+
+@contextlib.asynccontextmanager
+async def crowded(engine: FakeEngine, kind: str) -> AsyncIterator[Live]:
+    """A gateway over an engine that serves one request at a time."""
+    async with engine.running():
+        instances = [{"id": "e0", "url": engine.url, "max_num_seqs": 1, "kind": kind}]
+        async with listening(make_plan([], instances=instances, settings={"best_effort_headroom": 0})) as live:
+            await live.ready()
+            yield live
+
+
+EASY = {"x-polyserve-tier": "best-effort"}
+
+
+@pytest.mark.parametrize(("path", "body", "texts"), [
+    ("/v1/chat/completions", CHAT | {"max_tokens": 60}, "content"),
+    ("/v1/completions", {"model": "tiny", "prompt": "once", "max_tokens": 60}, "text"),
+])  # fmt: skip
+async def test_a_stream_that_makes_room_goes_on_where_it_stopped(path: str, body: dict[str, Any], texts: str) -> None:
+    engine = FakeEngine(tokens=60, every_s=0.005)
+    async with crowded(engine, "vllm") as live:
+        easy = asyncio.create_task(post(live, body | {"stream": True}, path, **EASY))
+        await until(lambda: engine.streams == 1)
+        await asyncio.sleep(0.05)
+        status, _, headers = await post(live, CHAT, x_slo_ttft_ms="300", x_slo_tpot_ms="100")
+        assert (status, headers["x-polyserve-tier"]) == (200, "slow")
+        status, text, _ = await easy
+        events = [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n")[:-2]]
+        parts = [event["choices"][0].get("delta", event["choices"][0]) for event in events]
+        assert status == 200
+        assert [part["role"] for part in parts if "role" in part] in ([], ["assistant"])
+        assert "".join(part[texts] for part in parts if part[texts]) == "".join(f"t{n} " for n in range(60))
+        assert text.endswith("data: [DONE]\n\n")
+        _, _, resumed = engine.seen[-1]
+        assert 0 < resumed["max_tokens"] < 60
+        await live.quiet()
+
+
+async def test_a_whole_answer_that_makes_room_is_made_again() -> None:
+    engine = FakeEngine(tokens=60, every_s=0.005)
+    async with crowded(engine, "openai") as live:
+        easy = asyncio.create_task(post(live, CHAT, **EASY))
+        await until(lambda: engine.streams == 1)
+        assert (await post(live, CHAT, x_slo_ttft_ms="300", x_slo_tpot_ms="100"))[0] == 200
+        _, answer, _ = await easy
+        assert answer["choices"][0]["message"]["content"] == "".join(f"t{n} " for n in range(60))
+        await live.quiet()
+
+
+async def test_a_stream_that_makes_room_on_an_engine_that_cannot_continue_says_so() -> None:
+    engine = FakeEngine(tokens=60, every_s=0.005)
+    async with crowded(engine, "openai") as live:
+        easy = asyncio.create_task(post(live, CHAT | {"stream": True}, **EASY))
+        await until(lambda: engine.streams == 1)
+        await asyncio.sleep(0.05)
+        assert (await post(live, CHAT, x_slo_ttft_ms="300", x_slo_tpot_ms="100"))[0] == 200
+        _, text, _ = await easy
+        assert "upstream_error" in text
+        await live.quiet()
+
+
 # ------------------------------------------------------------------------------------------------- clients that go
 
 

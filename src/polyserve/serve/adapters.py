@@ -65,6 +65,7 @@ class OpenAIEngine:
     """A server that knows OpenAI's API and nothing of ours: what it may choke on is left out."""
 
     kind = "openai"
+    continues = False  # whether it can go on with an answer that was begun elsewhere
 
     def __init__(self, session: aiohttp.ClientSession, url: str, send_priority: bool = False) -> None:
         self.session = session
@@ -117,6 +118,7 @@ class VllmEngine(OpenAIEngine):
     """vLLM: metrics, and the SLO in `vllm_xargs`, where our scheduler class finds it."""
 
     kind = "vllm"
+    continues = True
 
     async def facts(self) -> Facts:
         load = await self.load()

@@ -250,7 +250,7 @@ class Node:
             line.kv_tokens,
         )
         mine = self.tickets
-        tokens = {request: count for request, count in line.tokens.items() if request in mine}
+        tokens = {request: count + mine[request].base for request, count in line.tokens.items() if request in mine}
         prefilling = {request: left for request, left in line.prefilling.items() if request in mine}
         self._driver.post(Progressed(now, self.id, tokens, prefilling, iteration, line.kv_held))
 

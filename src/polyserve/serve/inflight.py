@@ -47,7 +47,9 @@ class Ticket:
         self.dispatch: Dispatch | None = None  # the latest
         self.node: Node | None = None  # that is serving it now
         self.events = 0  # of the present stream that carried a token
-        self.tokens = 0  # per choice, as far as events tell
+        self.tokens = 0  # per choice since the request arrived, as far as events tell
+        self.base = 0  # of these, before the present stream
+        self.continues = False  # the present stream goes on where the client's answer stopped
         self.boarded_at = 0.0
         self.first_at: float | None = None
         self.last_at = request.arrived_at  # when the client, or the engine, last moved
@@ -114,10 +116,12 @@ class Ticket:
             self._task.uncancel()
         return None if self.gone else why
 
-    def board(self, node: Node) -> None:
-        """The engine has the request from now on."""
+    def board(self, node: Node, base: int = 0, continues: bool = False) -> None:
+        """The engine has the request from now on; `base` tokens were made before, which it may continue from."""
         self.node = node
-        self.events = self.tokens = 0
+        self.events = 0
+        self.tokens = self.base = base
+        self.continues = continues
         self.last_at = self.boarded_at = self._driver.now()
         node.tickets[self.request.id] = self
 
@@ -136,7 +140,7 @@ class Ticket:
             self._first(now, node)
         self.events += events
         before = self.tokens
-        self.tokens = tokens = max(1, int(self.events * node.tokens_per_event / self.request.n))
+        self.tokens = tokens = self.base + max(1, int(self.events * node.tokens_per_event / self.request.n))
         if tokens != before and not node.tells:
             node.progress.token(now, self.request.id, tokens, 1 if self.request.n > 1 else events)
         late = now - self._due_at - (tokens - 1) * self._tpot_s
@@ -149,9 +153,11 @@ class Ticket:
         now = self._driver.now()
         node = self.node
         assert node is not None, "an end comes from an engine"
+        made = self.tokens - self.base
         if tokens:
             node.learn(self.events, tokens)
-            self.tokens = max(1, tokens // self.request.n)
+            made = max(1, tokens // self.request.n)
+        self.tokens = made + (self.base if self.continues else 0)
         if prompt_tokens and abs(prompt_tokens - self.request.prompt_tokens) > CORRECTED_BY * prompt_tokens:
             self._driver.post(Corrected(now, self.request.id, prompt_tokens))
         if not self.events:
@@ -161,7 +167,8 @@ class Ticket:
         self.alight()
 
     def _first(self, now: float, node: Node) -> None:
-        self.first_at = now
+        if not self.continues:
+            self.first_at = now
         self._driver.post(FirstToken(now, self.request.id, node.id))
 
     def broke(self, delivered: bool) -> None:

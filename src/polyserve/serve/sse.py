@@ -42,10 +42,11 @@ _usage_event = msgspec.json.Decoder(_UsageEvent)
 class EventScanner:
     """Takes bytes as they come and gives back whole events; counts those that carry tokens."""
 
-    __slots__ = ("_begun", "_separator", "_strip_usage", "_tail", "done", "error", "events", "usage")
+    __slots__ = ("_begun", "_separator", "_strip_role", "_strip_usage", "_tail", "done", "error", "events", "usage")
 
-    def __init__(self, strip_usage: bool = False) -> None:
+    def __init__(self, strip_usage: bool = False, strip_role: bool = False) -> None:
         self._strip_usage = strip_usage
+        self._strip_role = strip_role  # the client has it from an earlier part of the stream
         self._separator = b"\n\n"
         self._tail = b""
         self._begun = False  # a token has been seen: only then can the quick test tell
@@ -92,7 +93,9 @@ class EventScanner:
         elif b'"usage"' in payload and _NO_CHOICES.search(payload):
             self.usage = _parsed_usage(payload)
             return not self._strip_usage
-        elif not (_ROLE_ONLY.search(payload) and _EMPTY_CONTENT.search(payload)):
+        elif _ROLE_ONLY.search(payload) and _EMPTY_CONTENT.search(payload):
+            return not self._strip_role
+        else:
             self.events += 1
             self._begun = self._separator == b"\n\n"
         return True

@@ -18,6 +18,7 @@ import aiohttp
 import msgspec
 
 from polyserve.core.types import Dispatch, Refuse
+from polyserve.serve import continuation
 from polyserve.serve.adapters import UNREACHABLE
 from polyserve.serve.ask import Ask, rewritten
 from polyserve.serve.driver import Driver
@@ -70,6 +71,8 @@ class Exchange:
         self._asked_at = driver.now()
         self._decided_at = 0.0
         self.started = False  # the client has got the head of the answer
+        self._kept = continuation.kept_for(ask, ticket.request)
+        self._begun: str | None = None  # text that the client has, and the next engine goes on from
 
     def __repr__(self) -> str:
         return f"<exchange of {self.ticket!r}>"
@@ -98,7 +101,10 @@ class Exchange:
         if node is None or node.engine is None:
             ticket.broke_off(dispatch)
             raise StreamFailedError("the instance has gone", refused=True)
-        ticket.board(node)
+        if self._begun is not None and not node.engine.continues:
+            ticket.broke_off(dispatch)
+            raise StreamFailedError("it cannot go on with an answer that was begun elsewhere")
+        ticket.board(node, ticket.tokens if self.started else dispatch.resume_from, continues=self.started)
         try:
             await self._converse(node, dispatch)
             return True
@@ -108,7 +114,7 @@ class Exchange:
                 raise
             if why != "silent":  # the brain took it off the instance already
                 ticket.alight()
-                if self.started:
+                if self.started and not (why == "evicted" and self._keep_text()):
                     raise StreamFailedError(f"its request was {why}") from None
                 return False
             ticket.broke(delivered=self.started)
@@ -117,6 +123,16 @@ class Exchange:
             ticket.broke(delivered=self.started)
             node.suspect(error.refused)
             raise
+
+    def _keep_text(self) -> bool:
+        """Whether the answer can go on elsewhere from the text that the client has."""
+        if self._kept is None:
+            return False
+        try:
+            self._begun = self._kept.text(chat=self.ask.endpoint == "chat")
+        except NotAStreamError:
+            return False
+        return True
 
     async def give_up(self, error: ApiError) -> None:
         """Tell the client that there will be no more; raises the error while a status can still tell it."""
@@ -168,6 +184,8 @@ class Exchange:
         slo, arrived_at = dispatch.slo, self.ticket.request.arrived_at
         due_at = slo.due_at(arrived_at, 0) if slo else math.inf
         changes = node.engine.changes(self.ask, slo, max(due_at - self._now(), 0.001), due_at)
+        if self._begun is not None:
+            changes |= continuation.changes(self.ask, self._begun, self.ticket.base)
         return rewritten(self.ask.fields, changes) if changes else self.ask.raw
 
     def _upstream_headers(self) -> dict[str, str]:
@@ -185,8 +203,8 @@ class Exchange:
 
     async def _relay(self, response: aiohttp.ClientResponse, dispatch: Dispatch) -> None:
         """Pass a stream on, or gather it for a client that wants the answer whole."""
-        ticket, send, streaming = self.ticket, self._send, self.ask.stream
-        scanner = EventScanner(strip_usage=not self.ask.include_usage and streaming)
+        ticket, streaming = self.ticket, self.ask.stream
+        scanner = EventScanner(strip_usage=not self.ask.include_usage and streaming, strip_role=self.started)
         read = response.content.readany
         held: list[bytes] = []  # what came before the first token, or everything for an answer that is sent whole
         while not scanner.done:
@@ -200,21 +218,26 @@ class Exchange:
                 raise StreamFailedError(str(error)) from None
             if scanner.events != seen:
                 ticket.advance(scanner.events - seen)
-            if self.started and not scanner.done:
-                if piece:
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
-                if scanner.error is None:
-                    continue
+            flows = self.started or (streaming and scanner.events > 0 and scanner.error is None)
+            if scanner.done or not flows:
+                held.append(piece)
+            elif self.started:
+                await self._pass_on(piece)
+            else:
+                await self._start(response, dispatch, [])
+                await self._pass_on(b"".join([*held, piece]))
+                held.clear()
             if scanner.error is not None:
                 raise StreamFailedError(f"it says {scanner.error[:300].decode(errors='replace')}")
-            held.append(piece)
-            if streaming and scanner.events and not scanner.done:
-                await self._start(response, dispatch, [])
-                await send({"type": "http.response.body", "body": b"".join(held), "more_body": True})
-                held.clear()
         answer = b"".join(held) if streaming else self._assemble(held)
         self._finish(scanner.usage)
         await self._end(response, dispatch, answer)
+
+    async def _pass_on(self, piece: bytes) -> None:
+        if piece:
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+            if self._kept is not None:
+                self._kept.add(piece)
 
     def _assemble(self, pieces: list[bytes]) -> bytes:
         try:
