@@ -163,6 +163,19 @@ def test_or_it_is_served_late(rule: str) -> None:
     assert dispatches(body.finish("big")) == [("r", "m0")]
 
 
+@pytest.mark.parametrize("rule", ["serve_late", "never"])
+def test_an_idle_instance_serves_who_is_late_though_nothing_happens_on_it(rule: str) -> None:
+    """Asked for while nobody knew how fast instances are; by then it cannot be in time, and later it is just late."""
+    body = elastic(on_late=rule, sizing="pending", head_walk=0)
+    body.arrive("r", Slo(0.01, 0.1), prompt=400)
+    for id in ("m0", "m1"):
+        body.join(id)
+        body.ready(id)
+    body.arrive("other", Slo(0.01, 0.02), prompt=400)
+    body.wait(3.0)
+    assert {stream.fate for stream in body.streams.values()} == {Fate.RUNS}
+
+
 def test_a_tier_may_have_a_rule_of_its_own() -> None:
     tiers = (*TIERS[:2], dataclasses.replace(TIERS[2], on_late="serve_late"))
     body = fixed(tiers=tiers)

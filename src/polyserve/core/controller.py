@@ -522,6 +522,9 @@ class Controller:
         self._time_out_queues()
         self._age_best_effort()
         self._time_out_starts()
+        for books in self._fleet.ready():
+            if not books.jobs:  # nothing will happen on it that could bring anybody in
+                self._refill(books)
         if settings.router == "tiers":
             self._scale()
 
