@@ -79,6 +79,14 @@ async def test_a_stream_is_the_engines_bytes_without_the_usage_nobody_asked_for(
         assert headers["x-engine"] == "fake"
 
 
+async def test_what_no_engine_streams_is_passed_on_whole() -> None:
+    answer = {"object": "text_completion", "choices": [{"text": "best"}], "usage": {"completion_tokens": 1}}
+    async with over(FakeEngine(answer=json.dumps(answer).encode(), answer_type="application/json")) as live:
+        got = await post(live, {"model": "tiny", "prompt": "a", "best_of": 3}, "/v1/completions")
+        assert got[:2] == (200, answer)
+        await live.quiet()
+
+
 async def test_usage_that_was_asked_for_is_passed_on() -> None:
     async with over(FakeEngine()) as live:
         stream = await live.openai.chat.completions.create(
@@ -208,10 +216,14 @@ async def test_what_the_engine_has_against_a_request_is_passed_on() -> None:
 
 async def test_unknown_paths_and_methods_are_openai_errors() -> None:
     async with over(FakeEngine()) as live:
-        for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 404)):
+        for method, path, status, code in (
+            ("GET", "/v1/nothing", 404, "not_found"),
+            ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+            ("POST", "/health", 405, "method_not_allowed"),
+        ):
             async with live.http.request(method, live.url + path) as answer:
                 assert answer.status == status
-                assert (await answer.json())["error"]["code"] == "not_found"
+                assert (await answer.json())["error"]["code"] == code
 
 
 async def test_the_sdk_sees_its_own_error_types() -> None:

@@ -69,7 +69,7 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = _ENDPOINTS.get(scope["path"]) if scope["type"] == "http" else None
-        if endpoint is None or scope["method"] != "POST":
+        if endpoint is None:
             await self._beside(scope, receive, send)
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -77,6 +77,8 @@ class Front:
         if not _REQUEST_ID.fullmatch(client_id):
             client_id = uuid.uuid4().hex.encode()
         try:
+            if scope["method"] != "POST":
+                raise ApiError(405, "method_not_allowed", f"{scope['path']} takes POST, not {scope['method']}")
             await self._complete(endpoint, headers, client_id, receive, send)
         except ApiError as error:
             await send_error(send, error, client_id)

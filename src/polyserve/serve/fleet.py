@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Literal
 
 import aiohttp
@@ -83,7 +83,7 @@ class Node:
         self.session = session
         self._probe_s = probe_s
         self._on_end = on_end
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._look = asyncio.Event()
         self._refused = False
         self._pace_told: float | None = None
@@ -144,7 +144,7 @@ class Node:
         self.pace_s = pace_s
         self._spawn(self._tell_pace())
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -289,7 +289,7 @@ class Fleet:
     def __repr__(self) -> str:
         return f"<fleet of {len(self._nodes)}>"
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Node]:
         return iter(list(self._nodes.values()))
 
     def get(self, instance: InstanceId) -> Node | None:

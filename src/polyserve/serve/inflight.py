@@ -215,11 +215,6 @@ class Inflight:
     def get(self, request: RequestId) -> Ticket | None:
         return self._tickets.get(request)
 
-    @property
-    def waiting(self) -> list[Ticket]:
-        """Those that no engine has."""
-        return [ticket for ticket in self._tickets.values() if ticket.node is None and ticket.outcome is None]
-
     def open(self, request: Request, client_id: bytes) -> Ticket | None:
         """Tell the brain of a request; None when there are too many already. Answer it, then `Ticket.close`."""
         assert request.id not in self._tickets, "the brain knows requests by their id"

@@ -19,6 +19,7 @@ from polyserve.serve.inflight import Inflight, Ticket
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30)
 TPOT_BUCKETS = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1)
 DECISION_BUCKETS = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
+RATIO_BUCKETS = (0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5, 2, 4)
 LATENESS_BUCKETS = (0, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 BEST_EFFORT = "best-effort"
@@ -43,6 +44,9 @@ class Metrics:
             "request_lateness_seconds", "Of a request's latest token.", buckets=LATENESS_BUCKETS, **by_tier
         )
         self.queue = Histogram("queue_seconds", "From arrival to dispatch.", buckets=TTFT_BUCKETS, **by_tier)
+        self._forecast = Histogram(
+            "forecast_error_ratio", "Seen over predicted.", ["kind"], buckets=RATIO_BUCKETS, **own
+        ).labels("ttft")
         self._tiers: dict[str, _TierSeries] = {}
         self._decision = Histogram("decision_seconds", "Where a request goes.", buckets=DECISION_BUCKETS, **own)
 
@@ -66,6 +70,8 @@ class Metrics:
                 self._promoted.labels(tier, dispatch.host).inc()
         if outcome == "ok" and ticket.first_at is not None:
             series.ttft.observe(ticket.first_at - request.arrived_at)
+            if dispatch is not None and dispatch.predicted_ttft_s:
+                self._forecast.observe((ticket.first_at - request.arrived_at) / dispatch.predicted_ttft_s)
             if ticket.tokens > 1:
                 series.tpot.observe((ticket.last_at - ticket.first_at) / (ticket.tokens - 1))
         if request.slo is not None and outcome not in ("cancelled", "rejected"):
