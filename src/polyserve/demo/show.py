@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ SAY_EVERY_S = 15.0
 GATEWAY_LAG_S, LATE_SHARE = 0.05, 0.06
 LEGEND = """\
 live: what the client saw. simulated: the same requests, decided by the same code, in virtual time.
-round-robin: over stock engines, at the best of the fixed chunks 256, 512 and 2048.
+round-robin: simulated over stock engines, at the best of the fixed chunks 256, 512 and 2048.
 attained: every token came by its deadline. promoted: served on a tighter tier's instance."""
 BEHIND = """\
 THIS MACHINE COULD NOT KEEP REAL TIME, so live is worse than such a fleet would be.
@@ -125,12 +126,15 @@ def prepare(config: Path, seconds: float, seed: int) -> Stage:
         arrivals=Arrivals("recorded"),
         seed=seed,
     )
-    # A part of a recording is not as busy as the whole, and its optimum is its own: a few rounds settle the rate.
-    rate = trace.recorded_rate
-    for _ in range(4):
-        workload = draw(rate=rate)
+    # A part of a recording is not as busy as the whole, and its optimum is its own: so the rate is searched for.
+    low, high = trace.recorded_rate / 100, trace.recorded_rate * 100
+    while high / low > 1.002:
+        workload = draw(rate=math.sqrt(low * high))
         optimal = bound.optimal_rate(profile, instances, workload.mixes())
-        rate *= OF_OPTIMAL * optimal / workload.rate
+        if workload.rate < OF_OPTIMAL * optimal:
+            low = math.sqrt(low * high)
+        else:
+            high = math.sqrt(low * high)
     return Stage(trace, workload, profile, plan.configured, instances, plan.model, optimal, seed)
 
 
@@ -203,7 +207,7 @@ def simulate_all(stage: Stage) -> dict[str, Score]:
     plain = replace(own, settings=policy("round-robin"), instances=stage.instances, order="fcfs")
     baselines = [_scored(stage, replace(plain, chunk=ChunkRule("fixed", chunk))) for chunk in CHUNKS]
     best = max(baselines, key=lambda each: each.overall.share.attained)
-    return {"simulated": _scored(stage, own), "simulated round-robin": best}
+    return {"simulated": _scored(stage, own), "round-robin": best}
 
 
 def twin(workload: Workload, configured: Configured, profile: Profile) -> SimulationSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -14,7 +15,6 @@ from polyserve.report import Percentiles, Score, TierScore, tier_key
 # One letter and one colour per tier, tightest first; more tiers than these begin again.
 LETTERS, COLOURS = "abcdefgh", ("red", "yellow", "green", "cyan", "blue", "magenta", "white", "bright_black")
 POOL, AWAY = "·", " "
-TICK_S = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,13 @@ class Seen:
 
 def comparison(scores: Mapping[str, Score], tiers: Sequence[Tier]) -> Table:
     """One row per tier and teller; each teller scored the very same requests."""
-    rows = Table(title_justify="left")
+    rows = Table(box=box.SIMPLE, padding=(0, 0, 0, 1))
     rows.add_column("tier", no_wrap=True)
     for heading in ("requests", "who", "attained", "TTFT p50", "p99 ms", "TPOT p50", "p99 ms", "promoted", "refused"):
         rows.add_column(heading, justify="left" if heading == "who" else "right", no_wrap=True)
     for tier in tiers:
         key = tier_key(tier.tpot_s)
-        _add_tier(rows, f"{tier.name}, {key} ms", {who: score.tiers[key] for who, score in scores.items()})
+        _add_tier(rows, f"{tier.name} {key} ms", {who: score.tiers[key] for who, score in scores.items()})
     _add_tier(rows, "all", {who: score.overall for who, score in scores.items()})
     return rows
 
@@ -100,8 +100,8 @@ def _at_each(looks: Sequence[Seen], columns: int, step: float) -> list[Seen | No
 
 
 def _scale(seconds: float, columns: int) -> str:
-    line = ""
-    for mark in range(0, int(seconds) + 1, TICK_S):
+    line, every = "", 15 if seconds >= 45 else 5
+    for mark in range(0, int(seconds) + 1, every):
         at = round(mark / seconds * columns)
         line = f"{line:<{at}}|{mark} s"
     return line
