@@ -31,7 +31,7 @@ EVENT = (
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 TAIL = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 CHUNK = b"%x\r\n%s\r\n" % (len(EVENT), EVENT)
-INSTANCES = 8
+INSTANCES = 4
 
 
 class Source(asyncio.Protocol):
@@ -215,6 +215,22 @@ async def requests(port: int, pid: int, count: int, at_once: int) -> tuple[float
     return used / done * 1e6, done / took
 
 
+async def delays(port: int, direct: int, count: int) -> list[float]:
+    """Seconds from asking to the end of one-chunk answers, one at a time, in order; each less one without a relay."""
+    through, (straight,) = (await connected(port, 1, 1, 1))[0], await connected(direct, 1, 1, 1)
+    added = []
+    for _ in range(count):
+        took = []
+        for client in (straight, through):
+            began = time.perf_counter()
+            await client.ask()
+            took.append(time.perf_counter() - began)
+        added.append(took[1] - took[0])
+    for client in (straight, through):
+        client.transport.abort()
+    return sorted(added)
+
+
 async def measure(args: argparse.Namespace, ports: dict[str, int], pids: dict[str, int]) -> None:
     print(
         f"{args.streams} streams at {args.rate:g} chunks/s; {args.requests} one-chunk requests, {args.at_once} at once"
@@ -228,6 +244,9 @@ async def measure(args: argparse.Namespace, ports: dict[str, int], pids: dict[st
     for name in ("bare", "gateway"):
         used, rate = await requests(ports[name], pids[name], args.requests, args.at_once)
         print(f"{name:8} {used:6.0f} us per request, {rate:.0f} requests/s")
+    for name in ("bare", "gateway"):
+        added = await delays(ports[name], ports["source"], 1000)
+        print(f"{name:8} adds {added[500] * 1e3:.2f} ms (p50), {added[990] * 1e3:.2f} ms (p99) to an answer")
     best = {name: min(values) for name, values in per_chunk.items()}
     print(f"per chunk, best turns: {best['gateway']:.1f} / {best['bare']:.1f} = {best['gateway'] / best['bare']:.2f}")
 

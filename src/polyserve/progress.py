@@ -89,7 +89,7 @@ class ProgressCollector:
         seconds = to_microsecond(median(self._lengths_s))
         self._lengths_s.clear()
         self._gap_s = min(max(GAP_SHARE * seconds, LEAST_GAP_S), MOST_GAP_S)
-        return Iteration(self._previous_at, seconds, decodes=self._decodes, inferred=True)
+        return Iteration(to_microsecond(self._previous_at), seconds, decodes=self._decodes, inferred=True)
 
     def _close(self) -> None:
         """End the cluster that is being gathered."""

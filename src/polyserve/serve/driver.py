@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import IO, Protocol
 
-from polyserve.core.types import Action, Arrived, Configured, Event, Tick
+from polyserve.core.types import Action, Arrived, Configured, Event, Tick, to_microsecond
 from polyserve.journal import JournalWriter
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Driver:
         self._act = act
         self._observe = observe
         self._journal = None if journal is None else JournalWriter(journal)
-        self._began = time.monotonic()
+        self.epoch = time.monotonic()  # when the brain's clock was 0
         self._now = 0.0
         self._inbox: deque[Event] = deque([configured])
         self._arrivals = 0
@@ -74,7 +74,7 @@ class Driver:
 
     def now(self) -> float:
         """Seconds on the brain's clock, whole microseconds; never runs back."""
-        now = round((time.monotonic() - self._began) * 1e6) / 1e6  # `to_microsecond`, once per token
+        now = to_microsecond(time.monotonic() - self.epoch)
         if now > self._now:
             self._now = now
         return self._now

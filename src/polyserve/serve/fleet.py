@@ -78,6 +78,7 @@ class Node:
         self.progress = ProgressCollector(spec.id)
         self.tokens_per_event = 1.0
         self.urls = {endpoint: URL(spec.url.rstrip("/") + path) for endpoint, path in PATHS.items()}
+        self.tells = False  # its own telemetry stands in for what its streams show
         self._told_at = float("-inf")
         self._driver = driver
         self.session = session
@@ -93,10 +94,10 @@ class Node:
 
     # -- what streams tell
 
-    @property
-    def tells(self) -> bool:
-        """Whether the engine's own telemetry stands in for what its streams show."""
-        return self._told_at > self.moved_at - TELLS_S
+    def look_whether_told(self) -> None:
+        """Telemetry that has fallen silent while tokens come no longer stands in for them."""
+        if self.tells and self.moved_at > self._told_at + TELLS_S:
+            self.tells = False
 
     def forget(self, request: RequestId) -> None:
         self.tickets.pop(request, None)
@@ -242,6 +243,7 @@ class Node:
 
     def _take(self, line: Telemetry) -> None:
         self._told_at = now = self._driver.now()
+        self.tells = True
         iteration = Iteration(
             to_microsecond(now - max(0.0, line.ended_at_ago_s)),
             to_microsecond(max(0.0, line.seconds)),
@@ -322,5 +324,6 @@ class Fleet:
         """Pass on what the streams of each node have shown since the last time."""
         now = self._driver.now()
         for node in self._nodes.values():
+            node.look_whether_told()
             if (progressed := node.progress.report(now)) is not None:
                 each(progressed)

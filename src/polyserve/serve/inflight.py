@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from time import monotonic
 from typing import TYPE_CHECKING, Literal
 
 from polyserve.core.types import (
@@ -63,6 +64,8 @@ class Ticket:
         self._decision: Dispatch | Refuse | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._interruption: Interruption | None = None
+        self._epoch = driver.epoch
+        self._n = request.n
         slo = request.slo
         self._tpot_s = slo.tpot_s if slo else 0.0
         self._due_at = slo.due_at(request.arrived_at, 0) if slo else math.inf
@@ -133,16 +136,21 @@ class Ticket:
 
     def advance(self, events: int) -> None:
         """So many token events have arrived; runs for every chunk of every stream."""
-        now = self._driver.now()
         node = self.node
         assert node is not None, "tokens come from an engine"
         if not self.events:
-            self._first(now, node)
+            self._first(self._driver.now(), node)
+        now = monotonic() - self._epoch
         self.events += events
-        before = self.tokens
-        self.tokens = tokens = self.base + max(1, int(self.events * node.tokens_per_event / self.request.n))
-        if tokens != before and not node.tells:
-            node.progress.token(now, self.request.id, tokens, 1 if self.request.n > 1 else events)
+        if self._n == 1 and node.tokens_per_event == 1.0:
+            tokens = self.base + self.events
+            moved = True
+        else:
+            tokens = self.base + max(1, int(self.events * node.tokens_per_event / self._n))
+            moved, events = tokens != self.tokens, 1
+        self.tokens = tokens
+        if moved and not node.tells:
+            node.progress.token(now, self.request.id, tokens, events)
         late = now - self._due_at - (tokens - 1) * self._tpot_s
         if late > self.lateness_s:
             self.lateness_s = late

@@ -203,7 +203,7 @@ class Exchange:
 
     async def _relay(self, response: aiohttp.ClientResponse, dispatch: Dispatch) -> None:
         """Pass a stream on, or gather it for a client that wants the answer whole."""
-        ticket, streaming = self.ticket, self.ask.stream
+        ticket, send, kept, streaming = self.ticket, self._send, self._kept, self.ask.stream
         scanner = EventScanner(strip_usage=not self.ask.include_usage and streaming, strip_role=self.started)
         read = response.content.readany
         held: list[bytes] = []  # what came before the first token, or everything for an answer that is sent whole
@@ -221,23 +221,19 @@ class Exchange:
             flows = self.started or (streaming and scanner.events > 0 and scanner.error is None)
             if scanner.done or not flows:
                 held.append(piece)
-            elif self.started:
-                await self._pass_on(piece)
-            else:
-                await self._start(response, dispatch, [])
-                await self._pass_on(b"".join([*held, piece]))
-                held.clear()
+            elif piece:
+                if not self.started:
+                    await self._start(response, dispatch, [])
+                    piece = b"".join([*held, piece])
+                    held.clear()
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                if kept is not None:
+                    kept.add(piece)
             if scanner.error is not None:
                 raise StreamFailedError(f"it says {scanner.error[:300].decode(errors='replace')}")
         answer = b"".join(held) if streaming else self._assemble(held)
         self._finish(scanner.usage)
         await self._end(response, dispatch, answer)
-
-    async def _pass_on(self, piece: bytes) -> None:
-        if piece:
-            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
-            if self._kept is not None:
-                self._kept.add(piece)
 
     def _assemble(self, pieces: list[bytes]) -> bytes:
         try:
