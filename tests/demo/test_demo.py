@@ -62,6 +62,21 @@ class Place:
                 continue
         return found
 
+    def wait_for(self, processes: int, process: subprocess.Popen[str]) -> None:
+        """Come back when that many run; fails when `process` ends before."""
+        deadline = time.monotonic() + LONGEST_S
+        while len(self.left()) < processes:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, self.left()
+            time.sleep(0.1)
+
+    def wait_for_none(self) -> None:
+        """The kernel ends the engines of a gateway that was killed; that takes them a moment."""
+        deadline = time.monotonic() + LONGEST_S
+        while left := self.left():
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
@@ -94,15 +109,22 @@ def test_it_prints_every_tier_live_and_simulated_and_leaves_nothing(place: Place
 
 def test_interrupted_it_leaves_nothing(place: Place) -> None:
     process = place.start("run", "--seconds", "60")
-    deadline = time.monotonic() + LONGEST_S
-    while len(place.left()) < 6 and time.monotonic() < deadline:  # itself, the gateway, four engines
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
+    place.wait_for(6, process)  # itself, the gateway, four engines
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=LONGEST_S)
     assert process.returncode == 130
     assert err == "demo: interrupted; nothing is left running\n"
     assert place.left() == []
+
+
+def test_interrupted_twice_it_leaves_nothing_either(place: Place) -> None:
+    process = place.start("run", "--seconds", "60")
+    place.wait_for(6, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=LONGEST_S)
+    place.wait_for_none()
 
 
 def test_a_fleet_that_cannot_start_says_why_and_leaves_nothing(place: Place) -> None:

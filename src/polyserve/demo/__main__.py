@@ -90,7 +90,7 @@ def _up(console: Console, config: Path, run: Path, patience_s: float) -> None:
             fleet.stop()
             raise
         console.print(f"running at {fleet.url}/v1, log in {run / 'fleet.log'}; `make down` ends it\n")
-    for title, text in (("with curl:", CURL), ("with the openai SDK:", SDK)):
+    for title, text in (("with curl:", CURL), ("with the openai SDK (in .venv it is installed):", SDK)):
         console.print(title, style="bold")
         print(f"\n{text.format(url=fleet.url, model=plan.model)}\n")
     console.print(f"what it decides: curl {fleet.url}/admin/fleet and {fleet.url}/admin/decisions")

@@ -74,7 +74,7 @@ class Fleet:
             fleet = Fleet(int(known["pid"]), str(known["url"]), record)
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return fleet if fleet.alive and fleet.get("/health") is not None else None
+        return fleet if fleet.alive and fleet._is_gateway() else None
 
     @property
     def alive(self) -> bool:
@@ -85,6 +85,13 @@ class Fleet:
         except (ProcessLookupError, PermissionError):
             return False
         return True
+
+    def _is_gateway(self) -> bool:
+        """Whether the process is what the record says, and not another that got its number later."""
+        try:
+            return b"polyserve" in Path(f"/proc/{self.pid}/cmdline").read_bytes()
+        except OSError:  # no /proc on this system
+            return self.get("/health") is not None
 
     def get(self, path: str) -> Any:
         """What the gateway answers at `path`: JSON where it is JSON, else text; None when it does not say 200."""
@@ -114,16 +121,18 @@ class Fleet:
 
     def stop(self) -> None:
         """End it in order, then for certain; nothing it started outlives this."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(self.pid, signal.SIGTERM)
-        deadline = time.monotonic() + STOP_S
-        while self.alive and time.monotonic() < deadline:
-            time.sleep(LOOK_S)
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)  # its session: whatever did not end by itself
-        if self.process is not None:
-            self.process.wait()
-        self.record.unlink(missing_ok=True)
+        try:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(self.pid, signal.SIGTERM)
+            deadline = time.monotonic() + STOP_S
+            while self.alive and time.monotonic() < deadline:
+                time.sleep(LOOK_S)
+        finally:  # even when somebody is too impatient to wait for the order
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+            if self.process is not None:
+                self.process.wait()
+            self.record.unlink(missing_ok=True)
 
     def _log(self) -> str:
         log = self.record.with_name("fleet.log")

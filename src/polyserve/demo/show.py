@@ -96,7 +96,7 @@ def run_demo(console: Console, config: Path, run: Path, seconds: float, seed: in
         f"{len(stage.workload)} requests of the trace {TRACE} in {seconds:g} s ({load_said}) "
         f"for {stage.instances} emulated instances of {stage.profile.name}"
     )
-    fleet = Fleet.start(config, run, console.print)
+    fleet = Fleet.start(config, run / "demo", console.print)  # apart from the one that `make up` left
     try:
         with console.status("starting the engines and the gateway"):
             fleet.wait_ready(stage.instances, patience_s)
