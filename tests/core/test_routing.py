@@ -171,7 +171,7 @@ def test_the_emptiest_of_the_pool_is_taken_and_its_free_residents_leave_only_if_
     crew.resident(crew.fleet.books["a"], "long", None, prompt=99_000)
     placement = place(crew, "tight", prompt=800)
     assert placement is not None
-    assert (placement.books.id, placement.takes, placement.evicts) == ("a", True, ("free", "long"))
+    assert (placement.books.id, placement.takes, placement.evicts) == ("a", True, ("long",)), "the newest goes first"
 
 
 def test_a_pool_instance_that_cannot_be_cleared_does_not_hide_the_next() -> None:
@@ -276,6 +276,17 @@ def test_best_effort_leaves_before_a_tier_waits() -> None:
     assert (placement.books.id, placement.takes) == ("t", False)
     assert set(placement.evicts) <= {f"free{n}" for n in range(5)}
     assert placement.evicts
+
+
+def test_best_effort_leaves_for_a_guest_too() -> None:
+    crew = costly()
+    books = crew.instance("t", "tight", 3)
+    for n in range(5):
+        crew.resident(books, f"free{n}", None)
+    placement = place(crew, "loose")
+    assert placement is not None
+    assert (placement.books.id, placement.takes) == ("t", False)
+    assert 1 <= len(placement.evicts) <= 5
 
 
 def test_best_effort_is_not_thrown_out_in_vain() -> None:

@@ -112,7 +112,9 @@ class Ladder:
         self.considered.append(Refusal(books.id, books.tier, books.load, forecast))
         return None
 
-    def _forecast(self, now: float, job: Job, tier: Tier, books: Books) -> Forecast:
+    def _forecast(
+        self, now: float, job: Job, tier: Tier, books: Books, without: frozenset[RequestId] = frozenset()
+    ) -> Forecast:
         guest = books.tier is not None and self._rank[books.tier] < self._rank[tier.name]
         return self._forecaster.of(
             job,
@@ -121,6 +123,7 @@ class Ladder:
             pace_s=min(books.pace_s, tier.tpot_s),
             reserve=self._settings.guest_reserve if guest else 0.0,
             waive=self._waived(now, job),
+            without=without,
             whole=self._settings.explain,
         )
 
@@ -200,8 +203,8 @@ class Ladder:
         return Placement(job, books, forecast) if forecast.admits and forecast.queued_s >= kept_s else None
 
     def _evict(self, now: float, job: Job, tier: Tier) -> Placement | None:
-        """A place on the own tier's instances, once best-effort residents have left it."""
-        for books in self._by_load(self._fleet.of_tier(tier.name)):
+        """A place on the own tier's instances, or as a guest, once best-effort residents have left it."""
+        for books in (*self._own(job, tier), *self._hosts(tier)):
             if books.id in job.avoid or all(j.slo for j in books.jobs.values()):
                 continue
             if placement := self._cleared(now, job, tier, books, takes=False):
@@ -214,7 +217,8 @@ class Ladder:
         leave = 0
         while True:
             evicts = frozenset(free[:leave])
-            forecast = self._at_pace(now, job, tier, books, evicts)
+            judge = self._at_pace if takes else self._forecast
+            forecast = judge(now, job, tier, books, evicts)
             if forecast.admits:
                 return Placement(job, books, forecast, takes, tuple(free[:leave]))
             if leave >= len(free):
