@@ -338,6 +338,26 @@ def test_with_tight_on_loose_the_tighter_come_too() -> None:
     assert refilled(crew, crew.instance("m", "middle", 1)) == ["tighter"]
 
 
+@pytest.mark.parametrize(("promotion", "tier"), [("off", "loose"), ("off", "tight"), ("lazy", "tight")])
+def test_nobody_waits_beside_an_idle_instance_of_another_tier(promotion: str, tier: str) -> None:
+    crew = steady(promotion=promotion)
+    for n in range(2):
+        wait(crew, f"w{n}", tier)
+    books = crew.instance("m", "middle")
+    assert refilled(crew, books) == ["w0", "w1"]
+    assert books.tier == tier, "it takes it over"
+
+
+def test_one_that_is_late_anyway_is_served_by_an_empty_instance_that_has_become_slow() -> None:
+    crew = steady()
+    wait(crew, "late", "tight")
+    books = crew.instance("t", "tight")
+    for _ in range(500):
+        books.correction.observe(0.03, 0.01)
+    assert refilled(crew, books, now=0.5) == []
+    assert refilled(crew, books, now=1.5) == ["late"]
+
+
 def test_room_is_given_by_deadline_until_there_is_none() -> None:
     crew = costly()
     for n in range(5):

@@ -239,7 +239,10 @@ class Ladder:
             yield placement
 
     def _may_come(self, books: Books, pending: Pending) -> list[Tier]:
-        """Tiers whose waiting requests may join an instance: its own, then guests, then (optional) tighter ones."""
+        """Tiers whose waiting requests may join an instance: its own, then guests, then (optional) tighter ones.
+
+        Nobody waits beside an idle instance: any tier whose pace it holds may take it over.
+        """
         waiting = [t for t in self._tiers if len(pending.queues[t.name])]
         if books.tier is None:
             able = [t for t in waiting if self.holds(books, t)]
@@ -252,7 +255,16 @@ class Ladder:
         elif self._settings.shortage == "weight":
             guests.sort(key=lambda t: self._demand.admitted_share(t.name) / max(t.weight, 1e-9))
         tighter = [t for t in waiting if self._rank[t.name] < at] if self._settings.tight_on_loose else []
-        return [*own, *guests, *tighter]
+        able = [*own, *guests, *tighter]
+        return able if books.jobs else [*able, *(t for t in waiting if t not in able and self.holds(books, t))]
+
+    def _takes(self, books: Books, tier: Tier) -> bool:
+        """Whether a waiting request of a tier would take an instance over rather than join it."""
+        if books.tier is None:
+            return True
+        own, other = self._rank[books.tier], self._rank[tier.name]
+        joins = self._settings.promotion != "off" if other > own else self._settings.tight_on_loose
+        return not books.jobs and own != other and not joins
 
     def _from_queue(self, now: float, books: Books, tier: Tier, queue: Queue) -> Iterator[Placement]:
         """Jobs of one queue that fit: past a head that its own deadline refuses, not past one the instance refuses."""
@@ -260,9 +272,10 @@ class Ladder:
         for job in queue.head(64):
             if books.id in job.avoid:
                 continue
-            takes = books.tier is None
+            takes = self._takes(books, tier)
             forecast = self._at_pace(now, job, tier, books) if takes else self._forecast(now, job, tier, books)
-            if forecast.admits:
+            # An empty instance is as good as it gets for one that is late anyway.
+            if forecast.admits or (not books.jobs and self._waived(now, job)):
                 yield Placement(job, books, forecast, takes)
                 continue
             refused += 1
