@@ -1,6 +1,10 @@
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -276,3 +280,38 @@ def test_prompts_share_the_prefix_that_the_trace_shares_and_nothing_else() -> No
     assert first[16:32] != second[16:32]
     assert third[:16] != first[:16]
     assert made.ids(0) == first
+
+
+# ------------------------------------------------------------------------------------------ against our own engine
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[str]:
+    """An emulated engine as a process of its own; its URL."""
+    command = [sys.executable, "-m", "polyserve", "engine", "--profile", "a100-llama-3-8b", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        url = re.search(r"http://\S+?(?=/v1|\s|$)", process.stdout.readline())
+        assert url is not None, "it says where it listens"
+        yield url[0]
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("api", ["completions", "chat"])
+@pytest.mark.parametrize("max_tokens", ["exact", "none"])
+async def test_an_emulated_engine_answers_with_the_length_of_the_trace(
+    engine: str, api: Literal["completions", "chat"], max_tokens: Literal["exact", "none"]
+) -> None:
+    lengths = [(700, 1), (20, 17), (300, 60), (5, 5)]
+    counts = np.array(lengths, np.int64)
+    trace = Trace("made", counts[:, 0], counts[:, 1])
+    requests = [Request(f"r{i}", 0.02 * i, prompt, Slo(2.0, 0.2)) for i, (prompt, _) in enumerate(lengths)]
+    workload = Workload(requests, [output for _, output in lengths], np.arange(4), 0, 1.0)
+    endpoint = Endpoint(engine, api=api, max_tokens=max_tokens)
+    run = await replay(workload, Prompts(trace, workload), endpoint)
+    assert [(o.ending, o.output_tokens) for o in run.outcomes] == [("finished", output) for _, output in lengths]
+    assert all(o.attained for o in run.outcomes)
