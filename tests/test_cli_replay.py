@@ -59,7 +59,7 @@ def test_json_alone_goes_to_standard_output(engine: str) -> None:
     ("args", "said"),
     [
         (("--url", "http://127.0.0.1:1"), "does not answer"),
-        (("--url", "127.0.0.1:1"), "127.0.0.1:1"),
+        (("--url", "127.0.0.1:1"), "url is http://HOST:PORT, with /v1 or without, not '127.0.0.1:1'"),
         (("--url", "http://127.0.0.1:1", "--trace", "nowhere"), "unknown trace 'nowhere'; there are: aibrix-ramp"),
         (("--url", "http://127.0.0.1:1", "--profile", "none"), "unknown profile 'none'"),
         (("--url", "http://127.0.0.1:1", "--rate", "0"), "rate"),

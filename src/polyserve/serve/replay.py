@@ -172,6 +172,8 @@ async def replay(
 async def served_model(endpoint: Endpoint) -> str:
     """The endpoint's model, or the only one there is when it names none; raises `ReplayError` when there is none."""
     base = endpoint.base
+    if urlsplit(base).scheme not in ("http", "https") or not urlsplit(base).hostname:
+        raise ReplayError(f"url is http://HOST:PORT, with /v1 or without, not {endpoint.url!r}")
     auth = {"authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
     try:
         async with (
