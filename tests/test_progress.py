@@ -71,9 +71,7 @@ def test_reports_keep_their_distance_and_say_only_news() -> None:
 
 
 @given(st.integers(1, 60), st.floats(0.008, 0.2), st.integers(2, 12))
-def test_whole_iterations_and_single_tokens_give_the_same_view(
-    residents: int, length: float, steps: int
-) -> None:
+def test_whole_iterations_and_single_tokens_give_the_same_view(residents: int, length: float, steps: int) -> None:
     one, other = ProgressCollector("i"), ProgressCollector("i")
     names = [f"r{n}" for n in range(residents)]
     for step in range(steps):
