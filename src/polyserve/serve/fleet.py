@@ -13,7 +13,6 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Literal
 
 import aiohttp
-from yarl import URL
 
 from polyserve.core.types import (
     ChunkRule,
@@ -35,6 +34,7 @@ from polyserve.serve.ask import Endpoint
 from polyserve.serve.driver import Driver
 from polyserve.serve.inflight import Ticket
 from polyserve.serve.plan import EngineSpec
+from polyserve.serve.wire import Wire
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class Node:
         driver: Driver,
         session: aiohttp.ClientSession,
         probe_s: float,
+        connect_s: float,
         on_end: Callable[[InstanceId], None],
     ) -> None:
         self.spec = spec
@@ -77,11 +78,11 @@ class Node:
         self.tickets: dict[RequestId, Ticket] = {}
         self.progress = ProgressCollector(spec.id)
         self.tokens_per_event = 1.0
-        self.urls = {endpoint: URL(spec.url.rstrip("/") + path) for endpoint, path in PATHS.items()}
+        self.wire = Wire(spec.url, connect_s)
         self.tells = False  # its own telemetry stands in for what its streams show
         self._told_at = float("-inf")
         self._driver = driver
-        self.session = session
+        self._session = session
         self._probe_s = probe_s
         self._on_end = on_end
         self._tasks: set[asyncio.Task[None]] = set()
@@ -126,6 +127,7 @@ class Node:
 
     async def close(self) -> None:
         """Stop looking at it; the streams on it go on."""
+        self.wire.close()
         tasks, self._tasks = self._tasks, set()
         for task in tasks:
             task.cancel()
@@ -163,7 +165,7 @@ class Node:
         failures = 0
         while True:
             if self.engine is None:
-                found = await detect(self.session, self.spec.url, self.spec.kind, self.spec.send_priority)
+                found = await detect(self._session, self.spec.url, self.spec.kind, self.spec.send_priority)
                 if found is not None and await self._join(found):
                     failures, said = 0, False
                 elif not said:
@@ -279,12 +281,14 @@ class Fleet:
         driver: Driver,
         session: aiohttp.ClientSession,
         probe_s: float,
+        connect_s: float,
         on_end: Callable[[InstanceId], None],
     ) -> None:
         """`on_end` is told of a launched instance that has gone: it never comes back under the same name."""
         self._driver = driver
         self._session = session
         self._probe_s = probe_s
+        self._connect_s = connect_s
         self._on_end = on_end
         self._nodes: dict[InstanceId, Node] = {}
 
@@ -300,7 +304,9 @@ class Fleet:
     def add(self, spec: EngineSpec) -> Node:
         """Take in an engine and begin to probe it."""
         assert spec.id not in self._nodes, "instances are known by their id"
-        node = self._nodes[spec.id] = Node(spec, self._driver, self._session, self._probe_s, self._on_end)
+        node = self._nodes[spec.id] = Node(
+            spec, self._driver, self._session, self._probe_s, self._connect_s, self._on_end
+        )
         node.start()
         return node
 

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-import aiohttp
 import msgspec
 
 from polyserve.core.types import Dispatch, Refuse
 from polyserve.serve import continuation
-from polyserve.serve.adapters import UNREACHABLE
 from polyserve.serve.ask import Ask, rewritten
 from polyserve.serve.driver import Driver
 from polyserve.serve.errors import ApiError, Headers, refusal
-from polyserve.serve.fleet import Fleet, Node
+from polyserve.serve.fleet import PATHS, Fleet, Node
 from polyserve.serve.inflight import Ticket
 from polyserve.serve.sse import EventScanner, NotAStreamError, Usage, assembled
+from polyserve.serve.wire import Answer, ConnectError
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +36,13 @@ HOP_BY_HOP = frozenset(
 )
 NOT_UPSTREAM = HOP_BY_HOP | frozenset(b"host content-length accept-encoding content-type expect x-request-id".split())
 NOT_DOWNSTREAM = HOP_BY_HOP | frozenset(b"content-length content-encoding date server x-request-id".split())
+OUR_HEADERS = [(b"content-type", b"application/json"), (b"accept-encoding", b"identity")]
 OURS = (b"x-polyserve-", b"x-slo-", b"x-llm-d-slo-", b"x-sgl-")
 
 # What remains after `[DONE]` is the end of the chunked body; a connection that gives it is used again.
 GOODBYE_S = 1.0
 LONGEST_ERROR = 1024 * 1024
-# aiohttp writes larger bodies piece by piece if they come as a file.
-LARGE_BODY = 1024 * 1024
+LONGEST_ANSWER = 256 * 1024 * 1024
 # The engine's answers that another instance may better.
 WORTH_ANOTHER = frozenset((408, 425, 429))
 
@@ -145,38 +143,30 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": error.event, "more_body": False})
 
     async def _converse(self, node: Node, dispatch: Dispatch) -> None:
-        response = await self._open(node, dispatch)
+        answer = await self._open(node, dispatch)
         try:
-            if response.status != 200:
-                await self._reject(response)
+            if answer.status != 200:
+                await self._reject(answer)
             elif not self.ask.streamable:
-                await self._relay_whole(response)
-            elif not response.content_type.startswith("text/event-stream"):
-                raise StreamFailedError(f"it sent {response.content_type} in place of an event stream")
+                await self._relay_whole(answer)
+            elif not (kind := answer.header(b"content-type")).startswith(b"text/event-stream"):
+                raise StreamFailedError(f"it sent {kind.decode('latin-1')!r} in place of an event stream")
             else:
-                await self._relay(response, dispatch)
-        except UNREACHABLE as error:
+                await self._relay(answer, dispatch)
+        except OSError as error:
             raise StreamFailedError(f"its stream broke: {_why(error)}") from error
         finally:
-            response.close()  # which cancels the request on the engine, unless the answer was read to its end
+            answer.close()  # which cancels the request on the engine, unless the answer was read to its end
 
     # -- to the engine
 
-    async def _open(self, node: Node, dispatch: Dispatch) -> aiohttp.ClientResponse:
+    async def _open(self, node: Node, dispatch: Dispatch) -> Answer:
         body = self._body(node, dispatch)
-        data: bytes | io.BytesIO = body if len(body) <= LARGE_BODY else io.BytesIO(body)
-        headers = self._upstream_headers()
-        url = node.urls[self.ask.endpoint]
         try:
-            try:
-                return await node.session.post(url, data=data, headers=headers, allow_redirects=False)
-            except (aiohttp.ServerDisconnectedError, ConnectionResetError, BrokenPipeError):
-                # Most often a kept connection that the engine closed in this very moment: that costs one more try.
-                data = body if len(body) <= LARGE_BODY else io.BytesIO(body)
-                return await node.session.post(url, data=data, headers=headers, allow_redirects=False)
-        except aiohttp.ClientConnectorError as error:
+            return await node.wire.post(PATHS[self.ask.endpoint], self._upstream_headers(), body)
+        except ConnectError as error:
             raise StreamFailedError(f"it cannot be reached: {_why(error)}", refused=True) from error
-        except UNREACHABLE as error:
+        except OSError as error:
             raise StreamFailedError(f"it did not answer: {_why(error)}") from error
 
     def _body(self, node: Node, dispatch: Dispatch) -> bytes:
@@ -188,24 +178,21 @@ class Exchange:
             changes |= continuation.changes(self.ask, self._begun, self.ticket.base)
         return rewritten(self.ask.fields, changes) if changes else self.ask.raw
 
-    def _upstream_headers(self) -> dict[str, str]:
-        headers = {
-            name.decode("latin-1"): value.decode("latin-1")
-            for name, value in self._headers.items()
-            if name not in NOT_UPSTREAM and not name.startswith(OURS)
-        }
-        headers["content-type"] = "application/json"
-        headers["accept-encoding"] = "identity"
-        headers["x-request-id"] = self.ticket.request.id
-        return headers
+    def _upstream_headers(self) -> Headers:
+        theirs = [
+            header
+            for header in self._headers.items()
+            if header[0] not in NOT_UPSTREAM and not header[0].startswith(OURS)
+        ]
+        return [*theirs, *OUR_HEADERS, (b"x-request-id", self.ticket.request.id.encode())]
 
     # -- to the client
 
-    async def _relay(self, response: aiohttp.ClientResponse, dispatch: Dispatch) -> None:
+    async def _relay(self, answer: Answer, dispatch: Dispatch) -> None:
         """Pass a stream on, or gather it for a client that wants the answer whole."""
         ticket, send, kept, streaming = self.ticket, self._send, self._kept, self.ask.stream
         scanner = EventScanner(strip_usage=not self.ask.include_usage and streaming, strip_role=self.started)
-        read = response.content.readany
+        read = answer.read
         held: list[bytes] = []  # what came before the first token, or everything for an answer that is sent whole
         while not scanner.done:
             data = await read()
@@ -223,7 +210,7 @@ class Exchange:
                 held.append(piece)
             elif piece:
                 if not self.started:
-                    await self._start(response, dispatch, [])
+                    await self._start(answer, dispatch, [])
                     piece = b"".join([*held, piece])
                     held.clear()
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -231,9 +218,9 @@ class Exchange:
                     kept.add(piece)
             if scanner.error is not None:
                 raise StreamFailedError(f"it says {scanner.error[:300].decode(errors='replace')}")
-        answer = b"".join(held) if streaming else self._assemble(held)
+        last = b"".join(held) if streaming else self._assemble(held)
         self._finish(scanner.usage)
-        await self._end(response, dispatch, answer)
+        await self._end(answer, dispatch, last)
 
     def _assemble(self, pieces: list[bytes]) -> bytes:
         try:
@@ -241,54 +228,49 @@ class Exchange:
         except NotAStreamError as error:
             raise StreamFailedError(str(error)) from None
 
-    async def _relay_whole(self, response: aiohttp.ClientResponse) -> None:
+    async def _relay_whole(self, answer: Answer) -> None:
         """An answer that no engine streams: its tokens are seen only when all are there."""
-        answer = await response.read()
+        body = await answer.whole(LONGEST_ANSWER)
         try:
-            usage = msgspec.json.decode(answer, type=_Whole).usage
+            usage = msgspec.json.decode(body, type=_Whole).usage
         except msgspec.MsgspecError:
             raise StreamFailedError("its answer is no completion") from None
         self.ticket.advance(1)
         self._finish(usage)
-        await self._end(response, self.ticket.dispatch, answer)
+        await self._end(answer, self.ticket.dispatch, body)
 
-    async def _reject(self, response: aiohttp.ClientResponse) -> None:
+    async def _reject(self, answer: Answer) -> None:
         """Pass on what the engine has against the request; what is not the request's fault is a failure."""
-        status = response.status
-        answer = await response.content.read(LONGEST_ERROR)
+        status = answer.status
+        body = await answer.whole(LONGEST_ERROR)
         if status < 400 or status >= 500 or status in WORTH_ANOTHER:
-            text = answer[:300].decode(errors="replace")
-            raise StreamFailedError(f"it answered {status}: {text}")
+            raise StreamFailedError(f"it answered {status}: {body[:300].decode(errors='replace')}")
         self.status = status
         self.ticket.outcome = "rejected"
         self.ticket.close()
-        await self._end(response, self.ticket.dispatch, answer)
+        await self._end(answer, self.ticket.dispatch, body)
 
     def _finish(self, usage: Usage | None) -> None:
         self.usage = usage
         self.ticket.finish(usage.completion_tokens if usage else None, usage.prompt_tokens if usage else None)
 
-    async def _end(self, response: aiohttp.ClientResponse, dispatch: Dispatch | None, answer: bytes) -> None:
+    async def _end(self, answer: Answer, dispatch: Dispatch | None, last: bytes) -> None:
         """Send the last of the answer, and the head before it where it is still to come."""
         if not self.started:
-            whole = [(b"content-length", b"%d" % len(answer))]
+            whole = [(b"content-length", b"%d" % len(last))]
             if not self.ask.stream and self.status == 200:
                 whole.append((b"content-type", b"application/json"))
-            await self._start(response, dispatch, whole)
-        await self._send({"type": "http.response.body", "body": answer, "more_body": False})
-        if not response.content.at_eof():
-            with contextlib.suppress(*UNREACHABLE):
+            await self._start(answer, dispatch, whole)
+        await self._send({"type": "http.response.body", "body": last, "more_body": False})
+        if not answer.ended:
+            with contextlib.suppress(OSError):  # which a timeout is, too
                 async with asyncio.timeout(GOODBYE_S):
-                    while await response.content.readany():
+                    while await answer.read():
                         pass
 
-    async def _start(self, response: aiohttp.ClientResponse, dispatch: Dispatch | None, more: Headers) -> None:
+    async def _start(self, answer: Answer, dispatch: Dispatch | None, more: Headers) -> None:
         named = {name for name, _ in more}
-        headers = [
-            (lower, value)
-            for name, value in response.raw_headers
-            if (lower := name.lower()) not in NOT_DOWNSTREAM and lower not in named
-        ]
+        headers = [header for header in answer.headers if header[0] not in NOT_DOWNSTREAM and header[0] not in named]
         self.started = True
         head = [*headers, *more, *self._our_headers(dispatch)]
         await self._send({"type": "http.response.start", "status": self.status, "headers": head})
