@@ -474,7 +474,7 @@ async def test_clients_may_go_at_any_moment_and_nothing_is_left_behind() -> None
 
 
 async def test_what_operators_read_is_there() -> None:
-    async with over(FakeEngine()) as live:
+    async with over(FakeEngine(), settings={"explain": True}) as live:
         await post(live, CHAT, x_polyserve_tier="fast")
         async with live.http.get(f"{live.url}/metrics") as answer:
             text = await answer.text()
@@ -492,6 +492,7 @@ async def test_what_operators_read_is_there() -> None:
         async with live.http.get(f"{live.url}/admin/decisions?limit=1") as answer:
             (decision,) = (await answer.json())["decisions"]
         assert (decision["decision"], decision["instance"], decision["tier"]) == ("dispatch", "e0", "fast")
+        assert decision["forecast"]["token1_s"] > 0
         async with live.http.get(f"{live.url}/admin/tiers") as answer:
             assert [tier["name"] for tier in (await answer.json())["tiers"]] == [tier["name"] for tier in TIERS]
         models = [model.id async for model in live.openai.models.list()]
