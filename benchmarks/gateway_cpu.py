@@ -294,6 +294,8 @@ def main() -> None:
             finally:
                 for process in running.values():
                     process.terminate()
+                for process in running.values():
+                    process.wait()
 
 
 async def compare(args: argparse.Namespace, ports: dict[str, int], pids: dict[str, int]) -> None:
