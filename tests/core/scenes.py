@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from polyserve.core.fleet import Books, Fleet, Job, State
 from polyserve.core.forecast import Forecaster
+from polyserve.core.kernels import R_FROM, R_RUN
 from polyserve.core.lengths import LengthModel
 from polyserve.core.pending import Pending
 from polyserve.core.profile import Limits, Profile
@@ -46,7 +47,7 @@ class Stage:
         instance: Instance | None = None,
         switches: Mapping[str, object] = {},
     ) -> None:
-        self.settings = Settings().replaced({"length_prior_tokens": CERTAIN, **switches})
+        self.settings = Settings().replaced({"length_prior_tokens": CERTAIN, "ttft_margin": 0, **switches})
         self.lengths = LengthModel(1, CERTAIN)
         self.books = Books(instance or Instance("i", profile.name, chunk), profile, self.settings, self.lengths)
         self.books.state, self.books.pace_s = State.READY, pace_s
@@ -55,11 +56,18 @@ class Stage:
     def queue(self, request: Request) -> None:
         """A resident whose prompt is still to be computed."""
         self.books.add(job(request), 0.0)
+        self._stand_between_iterations()
 
     def decode(self, request: Request, made: int = 1) -> None:
         """A resident that decodes."""
         self.queue(request)
         self.books.progressed({request.id: made}, {}, None, 0.0)
+        self._stand_between_iterations()
+
+    def _stand_between_iterations(self) -> None:
+        """No iteration runs: the next one begins at once, with everybody."""
+        self.books._ends_at = -1.0
+        self.books.rows[:, (R_FROM, R_RUN)] = 0.0
 
 
 class Crew:
@@ -68,7 +76,7 @@ class Crew:
     def __init__(
         self, tiers: Sequence[Tier] = TIERS, profile: Profile = STEADY, switches: Mapping[str, object] = {}
     ) -> None:
-        self.settings = Settings().replaced({"length_prior_tokens": CERTAIN, **switches})
+        self.settings = Settings().replaced({"length_prior_tokens": CERTAIN, "ttft_margin": 0, **switches})
         self.tiers = list(tiers)
         self.lengths = LengthModel(len(tiers), CERTAIN)
         self.fleet = Fleet()

@@ -260,6 +260,12 @@ def test_a_guest_leaves_a_share_of_the_pace_free() -> None:
     assert (admitted.lacks, reserved.lacks) == (None, "pace")
 
 
+def test_a_margin_is_added_to_a_predicted_wait_before_it_is_judged() -> None:
+    asks = request("candidate", prompt=500, ttft_s=1.0, tpot_s=0.5)
+    plain, careful = (forecast(Stage(switches={"ttft_margin": m}), asks, 0.5) for m in (0.0, 0.2))
+    assert careful.prefill_s == pytest.approx(plain.prefill_s - 0.2 * plain.first_token_at)
+
+
 def test_best_effort_keeps_its_share_of_memory_free() -> None:
     stage = Stage(instance=Instance("i", "steady", kv_tokens=1000), switches={"best_effort_headroom": 0.2})
     candidate = request("candidate", prompt=850, most=10)

@@ -23,6 +23,7 @@ from polyserve.core.kernels import (
     I_FREE,
     I_KIND,
     I_KV,
+    I_MARGIN,
     I_PACE,
     I_SCALE,
     I_SEQS,
@@ -34,10 +35,12 @@ from polyserve.core.kernels import (
     R_CAP,
     R_COLUMNS,
     R_DUE,
+    R_FROM,
     R_KEY,
     R_LEFT,
     R_MADE,
     R_PROMPT,
+    R_RUN,
     R_SEEN,
     R_TPOT,
     Matrix,
@@ -152,6 +155,7 @@ class Books:
         self._index: dict[RequestId, int] = {}
         self._ends_at = -1.0
         self._rolled_at = 0.0
+        self._mixed = False  # whether a prompt was computed since the last reported iteration
         self._gauge: Matrix = np.zeros((kernels.G_ROWS, len(GRID)))
         self._gauged_with: object = None
         self._peak_s = 0.0
@@ -159,6 +163,7 @@ class Books:
         self._inst[I_KIND], self._inst[I_TOKENS] = self.law.kind, self.law.tokens
         self._inst[I_SPEND], self._inst[I_FLOOR] = float(self.law.spend_slack), self.law.floor
         self._inst[I_KV], self._inst[I_SEQS] = self.kv_tokens, self.max_num_seqs
+        self._inst[I_MARGIN] = settings.ttft_margin
         self._inst[I_BLOCK], self._inst[I_SIGMA] = limits.block_size, settings.memory_margin_sigma
 
     def __repr__(self) -> str:
@@ -178,7 +183,10 @@ class Books:
         self._ids.append(job.id)
         self._index[job.id] = at
         self.jobs[job.id] = job
+        self._mixed = True
         self._touch()
+        if at == 0:
+            self._advance(now)
 
     def row(self, job: Job, now: float) -> Vector:
         """The row a job would have if it joined now; a request for n choices is charged its prompt once."""
@@ -192,6 +200,8 @@ class Books:
         row[R_TPOT] = slo.tpot_s if slo else 0.0  # without a deadline due is inf, and stays it
         row[R_KEY] = now if self.instance.order == "fcfs" else row[R_DUE]
         row[R_BASE] = row[R_SEEN] = job.made
+        row[R_FROM] = max(self._ends_at, now) if self._ids else now
+        row[R_RUN] = 0.0
         return row
 
     def remove(self, request: RequestId) -> Job | None:
@@ -227,7 +237,8 @@ class Books:
             row[R_PROMPT] += row[R_MADE]
             row[R_CAP] = max(row[R_CAP] - row[R_MADE], 1.0)
             row[R_DUE] += row[R_MADE] * row[R_TPOT]
-            row[R_LEFT], row[R_MADE] = row[R_PROMPT], 0.0
+            row[R_LEFT], row[R_MADE], row[R_RUN] = row[R_PROMPT], 0.0, 0.0
+            self._mixed = True
             self._touch()
 
     def correct_prompt(self, request: RequestId, prompt_tokens: int) -> None:
@@ -250,6 +261,7 @@ class Books:
         now: float,
     ) -> None:
         """Take in a report: counts are output tokens since the request arrived."""
+        self.roll(now)
         rows, index = self._rows, self._index
         if not tokens.keys() <= index.keys():
             tokens = {request: count for request, count in tokens.items() if request in index}
@@ -262,10 +274,13 @@ class Books:
                 rows[row, R_LEFT] = min(max(left, 1), rows[row, R_PROMPT])
         if iteration is not None:
             self._observe(iteration)
+            self._mixed = self.tally()[2] > 0
             self._ends_at = iteration.ended_at + self._step_s(iteration)
-            self._rolled_at = -math.inf
+            # Whoever has joined by now is in the iteration that a report of now begins, or else in the next.
+            begins_at = iteration.ended_at if iteration.ended_at >= now else self._ends_at
+            self.rows[:, R_FROM] = np.minimum(self.rows[:, R_FROM], begins_at - 1e-6)
         self._touch()
-        self.roll(now)
+        self._advance(now)
 
     def made(self) -> list[tuple[int, int]]:
         """(row of the length table, output tokens seen) of every resident."""
@@ -292,10 +307,9 @@ class Books:
         if not self._settings.correction:
             return
         prefill, decodes, kv = iteration.prefill_tokens, iteration.decodes, iteration.kv_tokens
-        if prefill is None:
-            mine, held, queued, _ = self.tally()
-            if not queued:
-                prefill, decodes, kv = 0, mine, int(held)
+        if prefill is None and not self._mixed:
+            decodes, held, _, _ = self.tally()
+            prefill, kv = 0, int(held)
         # Prefill attention depends on where in its prompt a chunk lies, which no report tells: decodes alone teach.
         if prefill == 0 and decodes and kv is not None:
             self.correction.observe(iteration.seconds, self.profile.iteration_s(0, decodes, kv))
@@ -311,10 +325,16 @@ class Books:
             return
         self._rolled_at = now
         count = len(self._ids)
-        if count == 0 or (self._ends_at > now and self._ends_at >= 0.0):
-            return
-        self._ends_at = kernels.roll(self.packed, self.inst(now), self._rows, count, max(self._ends_at, -1.0), now)
-        self._touch()
+        if count and self._ends_at <= now:
+            self._advance(now)
+
+    def _advance(self, now: float) -> None:
+        """End every iteration that is over, and plan the one that runs."""
+        self._rolled_at = now
+        if self._ids:
+            ends_at = max(self._ends_at, -1.0)
+            self._ends_at = kernels.roll(self.packed, self.inst(now), self._rows, len(self._ids), ends_at, now)
+            self._touch()
 
     def inst(self, now: float) -> Vector:
         """The instance as the kernels see it."""

@@ -165,10 +165,13 @@ def plan_prefill(
 
 
 # One resident, as a row of the books. MADE is what the forecast believes of this dispatch, SEEN what was reported since
-# the request arrived, BASE what earlier dispatches had delivered.
-R_PROMPT, R_LEFT, R_MADE, R_CAP, R_BAND, R_DUE, R_TPOT, R_KEY, R_BASE, R_SEEN, R_COLUMNS = range(11)
+# the request arrived, BASE what earlier dispatches had delivered; FROM: iterations that begin before leave it out;
+# RUN: prompt tokens of the running iteration's chunk.
+R_PROMPT, R_LEFT, R_MADE, R_CAP, R_BAND, R_DUE, R_TPOT, R_KEY, R_BASE, R_SEEN, R_FROM, R_RUN, R_COLUMNS = range(13)
 # One instance, as the forecast sees it.
-I_KIND, I_TOKENS, I_SPEND, I_FLOOR, I_PACE, I_KV, I_SEQS, I_BLOCK, I_SCALE, I_FREE, I_SIGMA, I_COLUMNS = range(12)
+(
+    I_KIND, I_TOKENS, I_SPEND, I_FLOOR, I_PACE, I_KV, I_SEQS, I_BLOCK, I_SCALE, I_FREE, I_SIGMA, I_MARGIN, I_COLUMNS,
+) = range(13)  # fmt: skip
 # The rows of a gauge, each over the grid of future iterations. MOST is the KV if nobody ends before its cap.
 G_BATCH, G_KV, G_VARIANCE, G_MOST, G_DECODES, G_DECODE_KV, G_ROWS = range(7)
 # The answer of a forecast.
@@ -288,11 +291,17 @@ def run_queue(
     order = np.empty(count + 1, np.int64)
     waiting, decodes = 0, 0
     next_due, tightest = np.inf, np.inf
+    joined, joined_kv = 0.0, 0.0
     for i in range(count):
         finish[i] = np.inf
-        if rows[i, R_LEFT] > 0.0:
+        if rows[i, R_LEFT] > rows[i, R_RUN]:
             order[waiting] = i
             waiting += 1
+        elif rows[i, R_LEFT] > 0.0:
+            finish[i] = inst[I_FREE]
+            if grow:
+                joined += 1.0
+                joined_kv += rows[i, R_PROMPT]
         else:
             decodes += 1
             due = rows[i, R_DUE] + rows[i, R_MADE] * rows[i, R_TPOT]
@@ -319,12 +328,12 @@ def run_queue(
     remaining, past, chunks = np.empty(waiting), np.empty(waiting), np.empty(waiting)
     for i in range(waiting):
         entry = order[i]
-        left = candidate[R_LEFT] if entry == count else rows[entry, R_LEFT]
+        left = candidate[R_LEFT] if entry == count else rows[entry, R_LEFT] - rows[entry, R_RUN]
         prompt = candidate[R_PROMPT] if entry == count else rows[entry, R_PROMPT]
         remaining[i], past[i] = left, prompt - left
     scale, pace, floor = inst[I_SCALE], inst[I_PACE], inst[I_FLOOR]
     fixed = inst[I_KIND] == FIXED
-    t, head, made, joined, joined_kv = inst[I_FREE], 0, 0, 0.0, 0.0
+    t, head, made = inst[I_FREE], 0, 0
     first, second, slack = np.inf, np.inf, np.inf
     while made < LONGEST_RUN:
         if head >= waiting and (not joins or second < np.inf):
@@ -437,14 +446,16 @@ def forecast(
         profile, inst, rows, count, gauged, grid, candidate, True, grow, now, until, finish
     )
     out[F_FIRST] = first
-    out[F_PREFILL] = np.inf if waive else due - first
-    out[F_TOKEN1] = np.inf if waive or np.isinf(due) else due + tpot - second
+    # Finishing times are means: whoever is promised the last moment is late every other time.
+    late = 1.0 + inst[I_MARGIN]
+    out[F_PREFILL] = np.inf if waive else due - now - late * (first - now)
+    out[F_TOKEN1] = np.inf if waive or np.isinf(due) else due + tpot - now - late * (second - now)
     out[F_QUEUED], out[F_DECODES] = np.inf, np.inf
     if not whole and (out[F_PREFILL] < 0.0 or out[F_TOKEN1] < 0.0):
         return
     for i in range(count):
-        if rows[i, R_LEFT] > 0.0:
-            out[F_QUEUED] = min(out[F_QUEUED], rows[i, R_DUE] - finish[i])
+        if rows[i, R_LEFT] > 0.0 and rows[i, R_DUE] < np.inf:
+            out[F_QUEUED] = min(out[F_QUEUED], rows[i, R_DUE] - now - late * (finish[i] - now))
     # On an engine whose chunks ignore the pace, the candidate's chunks may also push decodes beyond their slack.
     fixed = inst[I_KIND] == FIXED
     if fixed:
@@ -456,8 +467,9 @@ def forecast(
     _, _, slack_alone = run_queue(profile, inst, rows, count, gauged, grid, candidate, False, grow, now, np.inf, alone)
     out[F_QUEUED] = np.inf
     for i in range(count):
-        if rows[i, R_LEFT] > 0.0 and alone[i] <= rows[i, R_DUE]:
-            out[F_QUEUED] = min(out[F_QUEUED], rows[i, R_DUE] - finish[i])
+        due = rows[i, R_DUE]
+        if rows[i, R_LEFT] > 0.0 and due < np.inf and now + late * (alone[i] - now) <= due:
+            out[F_QUEUED] = min(out[F_QUEUED], rows[i, R_DUE] - now - late * (finish[i] - now))
     if fixed and slack_alone < 0.0:
         out[F_DECODES] = np.inf
 
@@ -482,6 +494,9 @@ def roll(
         waiting, decodes, kv = 0, 0, 0.0
         for i in range(count):
             if rows[i, R_LEFT] > 0.0:
+                since = rows[i, R_FROM]
+                if since > ends_at >= 0.0 or (turns == 0 and since == ends_at):
+                    continue
                 j = waiting - 1
                 while j >= 0 and rows[order[j], R_KEY] > rows[i, R_KEY]:
                     order[j + 1] = order[j]
@@ -492,6 +507,8 @@ def roll(
                 decodes += 1
                 kv += rows[i, R_PROMPT] + rows[i, R_MADE]
         total, work = 0, 0.0
+        for i in range(count):
+            rows[i, R_RUN] = 0.0
         if waiting > 0:
             for i in range(waiting):
                 remaining[i] = rows[order[i], R_LEFT]
@@ -502,6 +519,7 @@ def roll(
             total = fit_chunks(profile, bound, budget, decodes, kv, remaining, past, waiting, chunks)
             for i in range(waiting):
                 work += chunks[i] * (past[i] + 0.5 * chunks[i])
+                rows[order[i], R_RUN] = chunks[i]
         step = iteration_s(profile, total, decodes, kv, work) * inst[I_SCALE]
         if turns > 0:
             ends_at += step

@@ -33,12 +33,15 @@ class Resident:
     key: float  # by which the engine orders its prefills
     base: float  # output tokens that earlier dispatches had delivered
     seen: float  # output tokens reported since the request arrived
+    since: float = 0.0  # iterations that began before leave it out
+    running: float = 0.0  # prompt tokens of the running iteration's chunk
 
     @staticmethod
     def of(row: Sequence[float]) -> Resident:
         return Resident(
             row[k.R_PROMPT], row[k.R_LEFT], row[k.R_MADE], row[k.R_CAP], int(row[k.R_BAND]),
-            row[k.R_DUE], row[k.R_TPOT], row[k.R_KEY], row[k.R_BASE], row[k.R_SEEN],
+            row[k.R_DUE], row[k.R_TPOT], row[k.R_KEY], row[k.R_BASE], row[k.R_SEEN], row[k.R_FROM],
+            row[k.R_RUN],
         )  # fmt: skip
 
     @property
@@ -61,12 +64,14 @@ class Station:
     scale: float  # on believed iteration times
     free: float  # when the running iteration ends
     sigma: float
+    margin: float  # share of a predicted wait that is added to it
 
     @staticmethod
     def of(inst: Sequence[float]) -> Station:
         return Station(
             int(inst[k.I_KIND]), inst[k.I_TOKENS], inst[k.I_SPEND] > 0.0, inst[k.I_FLOOR], inst[k.I_PACE],
             inst[k.I_KV], inst[k.I_SEQS], inst[k.I_BLOCK], inst[k.I_SCALE], inst[k.I_FREE], inst[k.I_SIGMA],
+            inst[k.I_MARGIN],
         )  # fmt: skip
 
 
@@ -163,11 +168,15 @@ def run_queue(
     Stops early once the candidate has no token 0 by `until`.
     """
     outlook = Outlook()
-    queue = [r for r in residents if not r.decodes]
+    done = [r for r in residents if 0.0 < r.left <= r.running]
+    outlook.finish = dict.fromkeys(done, station.free)
+    queue = [r for r in residents if r.left > r.running]
     queue = sorted([*queue, candidate] if candidate else queue, key=lambda r: r.key)
-    prefills = {r: Prefill(int(r.left), int(r.prompt - r.left)) for r in queue}
+    running = {r: 0.0 if r is candidate else r.running for r in queue}
+    prefills = {r: Prefill(int(r.left - running[r]), int(r.prompt - r.left + running[r])) for r in queue}
     bank = _Bank.of(residents, now)
-    t, made, joined, joined_kv = station.free, 0, 0.0, 0.0
+    t, made = station.free, 0
+    joined, joined_kv = (float(len(done)), sum(r.prompt for r in done)) if grow else (0.0, 0.0)
     while made < k.LONGEST_RUN and (queue or (candidate and outlook.second_at == math.inf)):
         if candidate and min(outlook.first_at, t) > until:
             break
@@ -283,7 +292,8 @@ def forecast(
     )
     peak = peak_s(profile, with_it, station.scale)
     joined = run_queue(profile, station, residents, gauged, grid, candidate, grow, now, math.inf)
-    prefill, token1 = candidate.due - joined.first_at, candidate.due + candidate.tpot - joined.second_at
+    prefill = _margin(station, now, candidate.due, joined.first_at)
+    token1 = _margin(station, now, candidate.due + candidate.tpot, joined.second_at)
     if waive:
         prefill = token1 = math.inf
     elif math.isinf(candidate.due):
@@ -309,20 +319,25 @@ def _others(
 
     Who is late without the candidate too does not count against it.
     """
+
+    def margin(resident: Resident, outlook: Outlook) -> float:
+        return _margin(station, now, resident.due, outlook.finish.get(resident, math.inf))
+
     queue = [r for r in residents if not r.decodes and r.due < math.inf]
     fixed = station.kind == k.FIXED
-    queued = min((_margin(r, joined) for r in queue), default=math.inf)
+    queued = min((margin(r, joined) for r in queue), default=math.inf)
     decodes = joined.slack if fixed else math.inf
     if queued >= 0.0 and decodes >= 0.0:
         return queued, decodes
     alone = run_queue(profile, station, residents, gauged, grid, None, grow, now, math.inf)
-    on_time = [r for r in queue if alone.finish.get(r, math.inf) <= r.due]
-    queued = min((_margin(r, joined) for r in on_time), default=math.inf)
+    on_time = [r for r in queue if margin(r, alone) >= 0.0]
+    queued = min((margin(r, joined) for r in on_time), default=math.inf)
     return queued, math.inf if fixed and alone.slack < 0.0 else decodes
 
 
-def _margin(resident: Resident, outlook: Outlook) -> float:
-    return resident.due - outlook.finish.get(resident, math.inf)
+def _margin(station: Station, now: float, due: float, at: float) -> float:
+    """Seconds between a due time and a predicted one, with the margin that predictions are given."""
+    return due - now - (1.0 + station.margin) * (at - now)
 
 
 def roll(profile: Profile, station: Station, residents: Sequence[Resident], ends_at: float, now: float) -> float:
@@ -332,12 +347,18 @@ def roll(profile: Profile, station: Station, residents: Sequence[Resident], ends
     one token to compute.
     """
     for turn in range(65):
-        queue = sorted((r for r in residents if not r.decodes), key=lambda r: r.key)
+        # An iteration leaves out who joined while it ran: such a row is `since` its end.
+        taken = [r for r in residents if ends_at < 0.0 or r.since < ends_at or (turn > 0 and r.since == ends_at)]
+        queue = sorted((r for r in taken if not r.decodes), key=lambda r: r.key)
         decoding = [r for r in residents if r.decodes]
         kv = sum(r.prompt + r.made for r in decoding)
         waiting = [Prefill(int(r.left), int(r.prompt - r.left)) for r in queue]
         bound = math.inf if station.kind == k.FIXED or not decoding else station.pace
         chunks = fit_chunks(profile, bound, int(station.tokens) - len(decoding), len(decoding), kv, waiting)
+        for resident in residents:
+            resident.running = 0.0
+        for resident, chunk in zip(queue, chunks, strict=True):
+            resident.running = float(chunk)
         work = sum(attention_work(c, w.past) for c, w in zip(chunks, waiting, strict=True))
         seconds = profile.iteration_s(sum(chunks), len(decoding), kv, work) * station.scale
         if turn > 0:

@@ -41,6 +41,7 @@ class Settings:
     lengths: Literal["survival", "average"] = "survival"
     length_prior_tokens: int = 256  # mean output length believed before anything was seen
     memory_margin_sigma: float = 1.0  # standard deviations of forecast KV kept free
+    ttft_margin: float = 0.2  # share of a predicted time to first token that is added before it is judged
     safety_sigma: float = 1.0  # spreads of observed/predicted iteration time added to every forecast
     correction: bool = True  # live correction of the believed profile
 
@@ -123,6 +124,7 @@ POLICIES: dict[str, Settings] = {
         sizing="pending",
         head_walk=0,
         lengths="average",
+        ttft_margin=0.0,
         memory_margin_sigma=0.0,
         safety_sigma=0.0,
         correction=False,
