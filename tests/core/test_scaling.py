@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 
 import pytest
@@ -14,7 +14,7 @@ from scenes import STEADY, TIERS, Crew
 
 from polyserve.core.bound import instance_rate
 from polyserve.core.fleet import State
-from polyserve.core.scaling import HYSTERESIS, PLANNED_LOAD, Demand, Plan, Scaler, shares, sizes
+from polyserve.core.scaling import HYSTERESIS, MOST_GROWTH, PLANNED_LOAD, Demand, Plan, Scaler, shares, sizes
 from polyserve.core.types import Tier
 
 TIGHT, MIDDLE, LOOSE = TIERS
@@ -360,3 +360,33 @@ def test_a_fleet_without_requests_shrinks_to_its_minimum() -> None:
             for books in plan.stop:
                 del crew.fleet.books[books.id]
         assert len(crew.fleet.ready()) == least
+
+
+# -------------------------------------------------------------------------------------------------- what is coming
+
+
+def ramp(rate_at: Callable[[int], float], seconds: int) -> Demand:
+    """Arrivals evenly within each second, at the rate of that second."""
+    demand = Demand(TIERS, 100)
+    for second in range(seconds):
+        count = round(rate_at(second))
+        for n in range(count):
+            demand.arrived(second + n / count, TIERS[n % len(TIERS)].name, 100)
+        demand.fade(second + 1.0)
+    return demand
+
+
+def test_a_ramp_is_foreseen_for_when_an_instance_would_be_ready() -> None:
+    demand = ramp(lambda second: 1.0 * second, 240)
+    known = sum(demand.rate(240.0, tier.name) for tier in TIERS)
+    for ahead_s in (0.0, 30.0):
+        assert known * demand.growth(240.0, ahead_s) == pytest.approx(240.0 + ahead_s, rel=0.06)
+
+
+def test_steady_or_falling_traffic_is_not_expected_to_grow() -> None:
+    assert ramp(lambda second: 50.0, 120).growth(120.0, 60.0) == 1.0
+    assert ramp(lambda second: 200.0 - second, 120).growth(120.0, 60.0) == 1.0
+
+
+def test_a_burst_is_expected_to_double_at_most() -> None:
+    assert ramp(lambda second: 10.0 if second < 110 else 200.0, 120).growth(120.0, 120.0) == MOST_GROWTH

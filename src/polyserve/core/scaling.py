@@ -21,6 +21,10 @@ from polyserve.core.types import Tier, TierName
 
 # Long enough that Poisson noise of a slow tier does not move instances, short enough to follow a change of mix.
 MEMORY_S = 30.0
+# A second, shorter memory of all arrivals: two lags tell the slope of a ramp.
+SHORT_MEMORY_S = 8.0
+# Growth beyond this is a burst that nobody foresees; what pends starts the rest.
+MOST_GROWTH = 2.0
 # A sized boundary stays while it is this near to the exact one: moving an instance costs it a drain.
 HYSTERESIS = 0.2
 # A tier with less than this left of its last arrival is idle: 90 seconds after it.
@@ -58,10 +62,12 @@ class Demand:
         self._prior_output = float(prior_output)
         self._since: float | None = None
         self._faded_at = 0.0
+        self._recent = 0.0  # arrivals of all tiers, faded by the short memory
 
     def arrived(self, now: float, tier: TierName, prompt_tokens: int) -> None:
         if self._since is None:
             self._since = self._faded_at = now
+        self._recent += 1.0
         seen = self._seen[tier]
         seen.arrivals += 1.0
         seen.prompt += prompt_tokens
@@ -78,7 +84,9 @@ class Demand:
 
     def fade(self, now: float) -> None:
         """Let the past count less; call it regularly."""
-        factor = math.exp(-(now - self._faded_at) / MEMORY_S)
+        passed = now - self._faded_at
+        factor = math.exp(-passed / MEMORY_S)
+        self._recent *= math.exp(-passed / SHORT_MEMORY_S)
         self._faded_at = now
         for seen in self._seen.values():
             seen.fade(factor)
@@ -87,8 +95,26 @@ class Demand:
         """Arrivals per second."""
         if self._since is None:
             return 0.0
-        horizon = MEMORY_S * (1.0 - math.exp(-(now - self._since) / MEMORY_S))
-        return self._seen[tier].arrivals / max(horizon, 1.0)
+        return self._seen[tier].arrivals / self._horizon_s(now, MEMORY_S)
+
+    def _horizon_s(self, now: float, memory_s: float) -> float:
+        """Seconds of arrivals that a decayed count stands for."""
+        since = now if self._since is None else self._since
+        return max(memory_s * (1.0 - math.exp(-(now - since) / memory_s)), 1.0)
+
+    def growth(self, now: float, ahead_s: float) -> float:
+        """All arrivals expected `ahead_s` from now over those that `rate` tells of: at least 1, at most `MOST_GROWTH`.
+
+        On a ramp a decayed rate lags by its memory, so two memories give the slope. A difference that two standard
+        deviations of a Poisson count explain is none.
+        """
+        slow = sum(self.rate(now, tier.name) for tier in self._tiers)
+        recent_s = self._horizon_s(now, SHORT_MEMORY_S)
+        fast = self._recent / recent_s
+        if slow <= 0.0 or fast - slow <= 2.0 * math.sqrt(fast / (2.0 * recent_s)):
+            return 1.0
+        slope = (fast - slow) / (MEMORY_S - SHORT_MEMORY_S)
+        return min((fast + slope * (SHORT_MEMORY_S + ahead_s)) / slow, MOST_GROWTH)
 
     def admitted_share(self, tier: TierName) -> float:
         """Admitted over arrived, for the rule under shortage."""
@@ -237,7 +263,9 @@ class Scaler:
         have = [len(self._fleet.of_tier(tier.name)) for tier in self._tiers]
         floors = [tier.min_instances for tier in self._tiers]
         budget = self._settings.max_instances if self.elastic else len(ready)
-        planned = [need / PLANNED_LOAD for need in needs]
+        foresees = self.elastic and self._settings.predictive
+        growth = self._demand.growth(now, self._settings.start_up_s) if foresees else 1.0
+        planned = [need * growth / PLANNED_LOAD for need in needs]
         tight = not self.elastic or sum(planned) >= budget
         total = float(budget) if tight else sum(planned)
         exact = shares(planned, self._tiers, costs, total, self._settings.shortage)
