@@ -261,6 +261,7 @@ def test_an_instance_that_drains_gets_nobody_and_ends_no_stream() -> None:
     body.arrive("s")
     assert body.streams["s"].instance not in (None, dispatch.instance)
     assert body.lives[dispatch.instance] is Life.DRAINING
+    assert body.drain(dispatch.instance) == [], "it was told already"
     assert Stop(dispatch.instance) in body.finish("r")
 
 
@@ -357,6 +358,20 @@ def test_a_stream_that_has_begun_is_never_refused_however_late() -> None:
     assert body.streams["r"].fate is Fate.WAITS
     body.join("new")
     assert dispatches(body.ready("new")) == [("r", "new")]
+
+
+def test_a_stream_that_waited_once_is_not_refused_for_that_wait_later() -> None:
+    body = fixed()
+    fill(body)
+    body.arrive("r", Slo(1.0, 0.1), prompt=2000)  # beyond hope at 0.76, were it waiting then
+    body.finish("big")
+    body.first_token("r")
+    body.drain("m0")
+    body.join("m1")
+    body.break_off("r")
+    body.wait(5.0)
+    assert body.streams["r"].fate is Fate.WAITS
+    assert dispatches(body.ready("m1")) == [("r", "m1")]
 
 
 def test_what_is_said_of_strangers_is_ignored() -> None:

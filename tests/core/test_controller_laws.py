@@ -226,4 +226,4 @@ class Anything(RuleBasedStateMachine):
 
 
 TestAnything = Anything.TestCase
-TestAnything.settings = hypothesis_settings(max_examples=60, stateful_step_count=40)
+TestAnything.settings = hypothesis_settings(max_examples=100, stateful_step_count=40)

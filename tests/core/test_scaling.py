@@ -14,7 +14,7 @@ from scenes import STEADY, TIERS, Crew
 
 from polyserve.core.bound import instance_rate
 from polyserve.core.fleet import State
-from polyserve.core.scaling import HYSTERESIS, MOST_GROWTH, PLANNED_LOAD, Demand, Plan, Scaler, shares, sizes
+from polyserve.core.scaling import HYSTERESIS, MEMORY_S, MOST_GROWTH, PLANNED_LOAD, Demand, Plan, Scaler, shares, sizes
 from polyserve.core.types import Tier
 
 TIGHT, MIDDLE, LOOSE = TIERS
@@ -390,3 +390,9 @@ def test_steady_or_falling_traffic_is_not_expected_to_grow() -> None:
 
 def test_a_burst_is_expected_to_double_at_most() -> None:
     assert ramp(lambda second: 10.0 if second < 110 else 200.0, 120).growth(120.0, 120.0) == MOST_GROWTH
+
+
+def test_a_long_silence_is_survived() -> None:
+    demand = ramp(lambda second: 50.0, 10)
+    demand.arrived(1e6, TIERS[0].name, 100)
+    assert demand.rate(1e6, TIERS[0].name) == pytest.approx(1.0 / MEMORY_S)

@@ -67,11 +67,16 @@ class Demand:
     def arrived(self, now: float, tier: TierName, prompt_tokens: int) -> None:
         if self._since is None:
             self._since = self._faded_at = now
-        self._recent += 1.0
+        if now - self._faded_at > 1.0:
+            self.fade(now)  # nobody has looked for a while
+        # The next fade takes this arrival for one of the last fade's time: it counts so much more until then.
+        passed = now - self._faded_at
+        weight = math.exp(passed / MEMORY_S)
+        self._recent += math.exp(passed / SHORT_MEMORY_S)
         seen = self._seen[tier]
-        seen.arrivals += 1.0
-        seen.prompt += prompt_tokens
-        seen.prompt_square += prompt_tokens * prompt_tokens
+        seen.arrivals += weight
+        seen.prompt += weight * prompt_tokens
+        seen.prompt_square += weight * prompt_tokens * prompt_tokens
 
     def admitted(self, tier: TierName) -> None:
         self._seen[tier].admitted += 1.0
