@@ -471,3 +471,12 @@ def test_a_baseline_always_finds_a_place_while_there_is_one(name: str) -> None:
         "w1",
         "w2",
     }
+
+
+def test_a_tier_leaves_others_their_minimum_counts() -> None:
+    tight, middle, loose = TIERS
+    crew = Crew((tight, middle, dataclasses.replace(loose, min_instances=1)))
+    crew.instance("a")
+    assert place(crew, "tight") is None, "the only pool instance is owed to the loose tier"
+    crew.instance("b")
+    assert place(crew, "tight") is not None

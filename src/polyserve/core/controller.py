@@ -163,7 +163,8 @@ class Controller:
             self._settings, self._tiers, self._fleet, self._forecaster, self._demand, Random(event.seed)
         )
         self._scaler = Scaler(self._settings, self._tiers, self._fleet, self._demand)
-        self._look_at = self._now
+        # Not at once: a body tells of the instances that exist right after this.
+        self._look_at = to_microsecond(self._now + self._settings.look_s)
         self._lengths_at = self._now
         self._starting: dict[InstanceId, float] = {}  # asked to start, and when
         self._started = 0

@@ -136,8 +136,9 @@ class Ladder:
 
     def _take(self, now: float, job: Job, tier: Tier) -> Placement | None:
         """An instance from the pool; failing that, for a tier without any, one from the tier with most to spare."""
-        for books in sorted(self._fleet.of_tier(None), key=lambda b: (len(b.jobs), b.id)):
-            if books.id in job.avoid or not self.holds(books, tier):
+        pool = self._fleet.of_tier(None)
+        for books in sorted(pool, key=lambda b: (len(b.jobs), b.id)):
+            if books.id in job.avoid or not self.holds(books, tier) or len(pool) <= self._owed(tier):
                 continue
             if not books.jobs:  # as good as it gets
                 return Placement(job, books, self._at_pace(now, job, tier, books), takes=True)
@@ -156,8 +157,14 @@ class Ladder:
         """Whether another tier can give an instance: its last one only to a tighter tier, where it stays a guest."""
         if books.tier is None or not self.holds(books, tier):
             return False
-        looser = self._rank[books.tier] > self._rank[tier.name]
-        return looser or len(self._fleet.of_tier(books.tier)) > 1
+        left = len(self._fleet.of_tier(books.tier)) - 1
+        donor = self._rank[books.tier]
+        return left >= self._tiers[donor].min_instances and (left > 0 or donor > self._rank[tier.name])
+
+    def _owed(self, tier: Tier) -> int:
+        """Pool instances that other tiers' minimum counts have a claim to."""
+        others = [t for t in self._tiers if t.min_instances and t.name != tier.name]
+        return sum(max(t.min_instances - len(self._fleet.of_tier(t.name)), 0) for t in others)
 
     def _at_pace(
         self, now: float, job: Job, tier: Tier, books: Books, without: frozenset[RequestId] = frozenset()
@@ -245,7 +252,8 @@ class Ladder:
         """
         waiting = [t for t in self._tiers if len(pending.queues[t.name])]
         if books.tier is None:
-            able = [t for t in waiting if self.holds(books, t)]
+            pool = len(self._fleet.of_tier(None))
+            able = [t for t in waiting if self.holds(books, t) and pool > self._owed(t)]
             return sorted(able, key=lambda t: self._demand.admitted_share(t.name))[:1]
         at = self._rank[books.tier]
         own = [t for t in waiting if t.name == books.tier]
