@@ -18,7 +18,7 @@ from typing import Literal
 import pytest
 
 from polyserve.core.settings import policy
-from polyserve.core.types import ChunkRule, Request, Slo, Tier, to_microsecond
+from polyserve.core.types import ChunkRule, Configured, Request, Slo, Tier, to_microsecond
 from polyserve.journal import JournalWriter, Step, read_journal, replay, to_plain
 from polyserve.profiles.store import load
 from polyserve.sim.spec import Faults, SimulationSpec
@@ -89,9 +89,22 @@ def difference(golden: Path, played: Path) -> str | None:
     """The first line in which two journals differ."""
     pairs = zip_longest(read_journal(golden), read_journal(played))
     for line, (was, now) in enumerate(pairs, 1):
-        if was != now:
-            return f"line {line}\n  was {shown(was)}\n  now {shown(now)}"
+        if was == now:
+            continue
+        if was and now and isinstance(was.event, Configured) and isinstance(now.event, Configured):
+            if changed := reconfigured(was.event, now.event):
+                return f"configuration: {changed}"
+            continue
+        return f"line {line}\n  was {shown(was)}\n  now {shown(now)}"
     return None
+
+
+def reconfigured(was: Configured, now: Configured) -> list[str]:
+    """What differs between two configurations; a setting that is new is no difference while nothing follows from it."""
+    before, after = was.settings, now.settings
+    changed = [f"{name} was {before[name]}, is {after.get(name)}" for name in before if after.get(name) != before[name]]
+    changed += [f"profile {name}" for name in was.profiles if now.profiles.get(name) != was.profiles[name]]
+    return changed + (["tiers"] if was.tiers != now.tiers else [])
 
 
 @pytest.mark.parametrize("name", scenes())

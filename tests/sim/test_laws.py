@@ -58,7 +58,7 @@ SWITCHES: dict[str, tuple[object, ...]] = {
 def requests(draw: Random) -> list[tuple[Request, int]]:
     """Bursts and lulls of requests, a few of them without an SLO and a few impossible."""
     drawn, at = [], 0.0
-    gap_s = draw.choice([0.004, 0.02, 0.08])
+    gap_s = draw.choice([0.002, 0.01, 0.05])
     for n in range(draw.randint(20, 140)):
         at += draw.expovariate(1.0) * gap_s * draw.choice([0.1, 1.0, 1.0, 4.0])
         prompt, output = int(draw.lognormvariate(5.5, 1.3)) + 1, int(draw.lognormvariate(4.0, 1.0)) + 1
@@ -85,7 +85,8 @@ def scene(seed: int) -> SimulationSpec:
     values = {name: draw.choice(choices) for name, choices in SWITCHES.items() if draw.random() < 0.3}
     instances = draw.randint(1, 4)
     if draw.random() < 0.5:
-        values |= {"max_instances": draw.randint(instances, 6), "keep_warm_s": 0.5, "look_s": 0.2}
+        instances = draw.randint(0, 2)
+        values |= {"max_instances": draw.randint(2, 6), "keep_warm_s": 0.5, "look_s": 0.2}
     true = load(draw.choice(PROFILES)).slowed(draw.choice([1.0, 1.0, 1.15]))
     chunk = draw.choice([ChunkRule(), ChunkRule(), ChunkRule("fixed", 256), ChunkRule("unknown")])
     sight: Literal["gateway", "perfect"] = draw.choice(["gateway", "gateway", "perfect"])
