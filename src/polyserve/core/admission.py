@@ -84,9 +84,10 @@ class Admission:
         return job
 
     def set_latest(self, job: Job) -> None:
-        """Note the time beyond which no idle instance could make the job's next token in time."""
+        """Note what the job's prompt takes on an idle instance, and when it is too late even for that."""
         if job.slo is not None:
-            job.latest_at = to_microsecond(job.due_at - self.solo_ttft_s(job.prefill_tokens))
+            job.solo_s = self.solo_ttft_s(job.prefill_tokens)
+            job.latest_at = to_microsecond(job.due_at - job.solo_s)
 
 
 def _context(profile: Profile) -> int:

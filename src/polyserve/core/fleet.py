@@ -42,6 +42,7 @@ from polyserve.core.kernels import (
     R_PROMPT,
     R_RUN,
     R_SEEN,
+    R_SOLO,
     R_TPOT,
     Matrix,
     Vector,
@@ -109,6 +110,7 @@ class Job:
     pending_since: float = 0.0
     late: bool = False  # its deadline is lost or its stream has begun: served all the same, never refused
     behind: bool = False  # waits behind everybody who can still be on time
+    solo_s: float = 0.0  # what its prompt takes on an idle instance
     latest_at: float = math.inf  # beyond this no idle instance would be in time
     avoid: set[InstanceId] = field(default_factory=set)  # instances that broke it
 
@@ -202,6 +204,7 @@ class Books:
         row[R_BASE] = row[R_SEEN] = job.made
         row[R_FROM] = max(self._ends_at, now) if self._ids else now
         row[R_RUN] = 0.0
+        row[R_SOLO] = job.solo_s
         return row
 
     def remove(self, request: RequestId) -> Job | None:

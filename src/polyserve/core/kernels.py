@@ -166,8 +166,10 @@ def plan_prefill(
 
 # One resident, as a row of the books. MADE is what the forecast believes of this dispatch, SEEN what was reported since
 # the request arrived, BASE what earlier dispatches had delivered; FROM: iterations that begin before leave it out;
-# RUN: prompt tokens of the running iteration's chunk.
-R_PROMPT, R_LEFT, R_MADE, R_CAP, R_BAND, R_DUE, R_TPOT, R_KEY, R_BASE, R_SEEN, R_FROM, R_RUN, R_COLUMNS = range(13)
+# RUN: prompt tokens of the running iteration's chunk; SOLO: seconds that the prompt takes on an idle instance.
+R_PROMPT, R_LEFT, R_MADE, R_CAP, R_BAND, R_DUE, R_TPOT, R_KEY, R_BASE, R_SEEN, R_FROM, R_RUN, R_SOLO, R_COLUMNS = range(
+    14
+)
 # One instance, as the forecast sees it.
 (
     I_KIND, I_TOKENS, I_SPEND, I_FLOOR, I_PACE, I_KV, I_SEQS, I_BLOCK, I_SCALE, I_FREE, I_SIGMA, I_MARGIN, I_COLUMNS,
@@ -396,6 +398,18 @@ def run_queue(
 
 
 @njit(cache=True)
+def left_s(row: Vector, due: float, at: float, now: float, margin: float) -> float:  # pragma: no cover - compiled
+    """Seconds between a due time and a predicted one, less a margin for what is uncertain of the wait.
+
+    What the prompt takes on an idle instance is certain. The plain twin is `plain.left_s`.
+    """
+    if at == np.inf:
+        return -np.inf
+    certain = row[R_SOLO] * row[R_LEFT] / row[R_PROMPT]
+    return float(due - at - margin * max(at - now - certain, 0.0))
+
+
+@njit(cache=True)
 def forecast(
     profile: Vector,
     inst: Vector,
@@ -447,15 +461,15 @@ def forecast(
     )
     out[F_FIRST] = first
     # Finishing times are means: whoever is promised the last moment is late every other time.
-    late = 1.0 + inst[I_MARGIN]
-    out[F_PREFILL] = np.inf if waive else due - now - late * (first - now)
-    out[F_TOKEN1] = np.inf if waive or np.isinf(due) else due + tpot - now - late * (second - now)
+    margin = inst[I_MARGIN]
+    out[F_PREFILL] = np.inf if waive else left_s(candidate, due, first, now, margin)
+    out[F_TOKEN1] = np.inf if waive or np.isinf(due) else left_s(candidate, due + tpot, second, now, margin)
     out[F_QUEUED], out[F_DECODES] = np.inf, np.inf
     if not whole and (out[F_PREFILL] < 0.0 or out[F_TOKEN1] < 0.0):
         return
     for i in range(count):
         if rows[i, R_LEFT] > 0.0 and rows[i, R_DUE] < np.inf:
-            out[F_QUEUED] = min(out[F_QUEUED], rows[i, R_DUE] - now - late * (finish[i] - now))
+            out[F_QUEUED] = min(out[F_QUEUED], left_s(rows[i], rows[i, R_DUE], finish[i], now, margin))
     # On an engine whose chunks ignore the pace, the candidate's chunks may also push decodes beyond their slack.
     fixed = inst[I_KIND] == FIXED
     if fixed:
@@ -468,8 +482,8 @@ def forecast(
     out[F_QUEUED] = np.inf
     for i in range(count):
         due = rows[i, R_DUE]
-        if rows[i, R_LEFT] > 0.0 and due < np.inf and now + late * (alone[i] - now) <= due:
-            out[F_QUEUED] = min(out[F_QUEUED], rows[i, R_DUE] - now - late * (finish[i] - now))
+        if rows[i, R_LEFT] > 0.0 and due < np.inf and left_s(rows[i], due, alone[i], now, margin) >= 0.0:
+            out[F_QUEUED] = min(out[F_QUEUED], left_s(rows[i], rows[i, R_DUE], finish[i], now, margin))
     if fixed and slack_alone < 0.0:
         out[F_DECODES] = np.inf
 

@@ -35,13 +35,14 @@ class Resident:
     seen: float  # output tokens reported since the request arrived
     since: float = 0.0  # iterations that began before leave it out
     running: float = 0.0  # prompt tokens of the running iteration's chunk
+    solo: float = 0.0  # seconds of the whole prompt on an idle instance
 
     @staticmethod
     def of(row: Sequence[float]) -> Resident:
         return Resident(
             row[k.R_PROMPT], row[k.R_LEFT], row[k.R_MADE], row[k.R_CAP], int(row[k.R_BAND]),
             row[k.R_DUE], row[k.R_TPOT], row[k.R_KEY], row[k.R_BASE], row[k.R_SEEN], row[k.R_FROM],
-            row[k.R_RUN],
+            row[k.R_RUN], row[k.R_SOLO],
         )  # fmt: skip
 
     @property
@@ -292,8 +293,8 @@ def forecast(
     )
     peak = peak_s(profile, with_it, station.scale)
     joined = run_queue(profile, station, residents, gauged, grid, candidate, grow, now, math.inf)
-    prefill = _margin(station, now, candidate.due, joined.first_at)
-    token1 = _margin(station, now, candidate.due + candidate.tpot, joined.second_at)
+    prefill = left_s(candidate, candidate.due, joined.first_at, now, station.margin)
+    token1 = left_s(candidate, candidate.due + candidate.tpot, joined.second_at, now, station.margin)
     if waive:
         prefill = token1 = math.inf
     elif math.isinf(candidate.due):
@@ -321,7 +322,8 @@ def _others(
     """
 
     def margin(resident: Resident, outlook: Outlook) -> float:
-        return _margin(station, now, resident.due, outlook.finish.get(resident, math.inf))
+        at = outlook.finish.get(resident, math.inf)
+        return left_s(resident, resident.due, at, now, station.margin)
 
     queue = [r for r in residents if not r.decodes and r.due < math.inf]
     fixed = station.kind == k.FIXED
@@ -335,9 +337,12 @@ def _others(
     return queued, math.inf if fixed and alone.slack < 0.0 else decodes
 
 
-def _margin(station: Station, now: float, due: float, at: float) -> float:
-    """Seconds between a due time and a predicted one, with the margin that predictions are given."""
-    return due - now - (1.0 + station.margin) * (at - now)
+def left_s(resident: Resident, due: float, at: float, now: float, margin: float) -> float:
+    """Seconds between a due time and a predicted one, less a margin for what is uncertain of the wait."""
+    if at == math.inf:
+        return -math.inf
+    certain = resident.solo * resident.left / resident.prompt
+    return due - at - margin * max(at - now - certain, 0.0)
 
 
 def roll(profile: Profile, station: Station, residents: Sequence[Resident], ends_at: float, now: float) -> float:

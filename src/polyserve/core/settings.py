@@ -41,7 +41,7 @@ class Settings:
     lengths: Literal["survival", "average"] = "survival"
     length_prior_tokens: int = 256  # mean output length believed before anything was seen
     memory_margin_sigma: float = 1.0  # standard deviations of forecast KV kept free
-    ttft_margin: float = 0.2  # share of a predicted time to first token that is added before it is judged
+    ttft_margin: float = 0.2  # share of a predicted wait, beyond what the prompt itself takes, that is added to it
     safety_sigma: float = 1.0  # spreads of observed/predicted iteration time added to every forecast
     correction: bool = True  # live correction of the believed profile
 
