@@ -260,8 +260,7 @@ def test_a_chat_has_about_as_many_words_as_the_prompt_has_tokens() -> None:
 
 def test_the_pace_travels_in_decimal_milliseconds() -> None:
     named = headers(Endpoint("http://x", "m", api_key="k"), Request("r0", 0.0, 2, Slo(0.3, 0.0125)))
-    assert (named["x-slo-ttft-ms"], named["x-slo-tpot-ms"]) == ("300", "12.5")
-    assert named["authorization"] == "Bearer k"
+    assert {(b"x-slo-ttft-ms", b"300"), (b"x-slo-tpot-ms", b"12.5"), (b"authorization", b"Bearer k")} <= set(named)
 
 
 @pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])

@@ -1,4 +1,4 @@
-"""The client to engines, against a server that answers byte by byte what it is told to."""
+"""The client for streamed answers, against a server that answers byte by byte what it is told to."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from live import until
 
 from polyserve.serve.wire import HIGH_WATER, ConnectError, Wire
 
@@ -75,6 +76,11 @@ async def get(wire: Wire, body: bytes = b"{}") -> tuple[int, bytes]:
     return answer.status, await answer.whole(1 << 30)
 
 
+async def hear(wire: Wire, pieces: list[tuple[int, bytes]]) -> None:
+    answer = await wire.post("/path", [], b"{}", lambda status, data: pieces.append((status, data)))
+    await answer.heard()
+
+
 @given(st.sampled_from([WHOLE, CHUNKED]), st.sets(st.integers(1, 80), max_size=6))
 def test_however_an_answer_is_cut_its_body_is_the_same(answer: bytes, cuts: set[int]) -> None:
     async def check() -> None:
@@ -87,6 +93,64 @@ def test_however_an_answer_is_cut_its_body_is_the_same(answer: bytes, cuts: set[
             assert server.connections == 1
 
     asyncio.run(check())
+
+
+@given(st.sampled_from([WHOLE, CHUNKED]), st.sets(st.integers(1, 80), max_size=6))
+def test_a_listener_hears_the_same_body_as_a_reader_with_its_status(answer: bytes, cuts: set[int]) -> None:
+    async def check() -> None:
+        places = [0, *sorted(cut for cut in cuts if cut < len(answer)), len(answer)]
+        pieces = [answer[start:end] for start, end in itertools.pairwise(places)]
+        server = Server((pieces, False), ([WHOLE], False))
+        async with server.running() as wire:
+            for _ in range(2):
+                heard: list[tuple[int, bytes]] = []
+                await hear(wire, heard)
+                assert {status for status, _ in heard} == {200}
+                assert b"".join(data for _, data in heard) == b"hello"
+            assert server.connections == 1
+
+    asyncio.run(check())
+
+
+async def test_a_listener_hears_a_piece_long_before_the_end() -> None:
+    server = Server(([HEAD + b"transfer-encoding: chunked\r\n\r\n1\r\na\r\n"], False))
+    async with server.running() as wire:
+        pieces: list[tuple[int, bytes]] = []
+        task = asyncio.create_task(hear(wire, pieces))
+        await until(lambda: bool(pieces))
+        assert pieces == [(200, b"a")]
+        assert not task.done()
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def test_a_listener_hears_what_there_was_of_a_broken_answer() -> None:
+    async with Server(([HEAD + b"content-length: 9\r\n\r\nhello"], True)).running() as wire:
+        pieces: list[tuple[int, bytes]] = []
+        with pytest.raises(ConnectionError):
+            await hear(wire, pieces)
+        assert pieces == [(200, b"hello")]
+
+
+async def test_as_many_connections_as_answers_under_way_and_each_used_again() -> None:
+    server = Server(*[([CHUNKED], False)] * 9)
+    async with server.running() as wire:
+        assert await get(wire) == (200, b"hello")
+        for _ in range(2):
+            assert await asyncio.gather(*(get(wire) for _ in range(4))) == [(200, b"hello")] * 4
+        assert server.connections == 4
+
+
+async def test_who_gives_up_before_the_answer_ends_the_connection() -> None:
+    server = Server(([], False))
+    async with server.running() as wire:
+        task = asyncio.create_task(get(wire))
+        await until(lambda: bool(server.heads))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with asyncio.timeout(5):
+            await server.lost.wait()
 
 
 async def test_a_request_is_what_was_asked_for() -> None:

@@ -23,8 +23,8 @@ import numpy as np
 from polyserve.core.types import RefuseCode, Request, Slo
 from polyserve.demand import Bools, Ints, Workload
 from polyserve.report import Outcome, Percentiles
-from polyserve.serve.streaming_client import Answer, StreamingClient
 from polyserve.serve.token_times import TokenStream, json_object
+from polyserve.serve.wire import Answer, Wire
 from polyserve.traces import Trace
 
 # Prompts are lists of token ids, so that they have exactly the wanted length. These ids exist in every
@@ -35,6 +35,7 @@ WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "it", "was", "on",
 # A client that is later than this one time in a hundred is no measure of others.
 LAG_THAT_MATTERS_S = 0.02
 LAG_LOOK_S = 0.02
+CONNECT_S = 30.0
 
 
 class ReplayError(ValueError):
@@ -60,9 +61,8 @@ class Endpoint:
 
     @property
     def path(self) -> str:
-        """Behind the host."""
-        prefix = urlsplit(self.base).path
-        return f"{prefix}/v1/{'chat/completions' if self.api == 'chat' else 'completions'}"
+        """Behind the base."""
+        return f"/v1/{'chat/completions' if self.api == 'chat' else 'completions'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def body(endpoint: Endpoint, output_tokens: int, most_tokens: int, prompt_ids: l
     return msgspec.json.encode(fields)
 
 
-def headers(endpoint: Endpoint, request: Request) -> dict[str, str]:
+def headers(endpoint: Endpoint, request: Request) -> list[tuple[bytes, bytes]]:
     """The request's pace, in decimal milliseconds, and its name."""
     named = {"content-type": "application/json", "x-request-id": request.id}
     if endpoint.api_key:
@@ -137,7 +137,7 @@ def headers(endpoint: Endpoint, request: Request) -> dict[str, str]:
     if request.slo is not None:
         named["x-slo-ttft-ms"] = f"{request.slo.ttft_s * 1e3:g}"
         named["x-slo-tpot-ms"] = f"{request.slo.tpot_s * 1e3:g}"
-    return named
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in named.items()]
 
 
 # ------------------------------------------------------------------------------------------------- the replay
@@ -158,13 +158,13 @@ async def replay(
     loop = asyncio.get_running_loop()
     run = _Run(endpoint, prompts, on_answered, [] if live is None else live)
     unix = time.time()
-    client = StreamingClient(endpoint.base)
+    wire = Wire(endpoint.base, CONNECT_S)
     looker = asyncio.create_task(run.watch_loop())
     try:
-        await run.send_all(client, workload)
+        await run.send_all(wire, workload)
     finally:
         looker.cancel()
-        client.close()
+        wire.close()
     lag = ClientLag(Percentiles.of(run.send_lag_s), Percentiles.of(run.loop_lag_s))
     return Replayed(run.outcomes, unix, loop.time() - run.start, lag)
 
@@ -221,7 +221,7 @@ class _Run:
             await asyncio.sleep(LAG_LOOK_S)
             self.loop_lag_s.append(max(self.now() - due, 0.0))
 
-    async def send_all(self, client: StreamingClient, workload: Workload) -> None:
+    async def send_all(self, wire: Wire, workload: Workload) -> None:
         streams: set[asyncio.Task[None]] = set()
         most = max(workload.output_tokens)
         try:
@@ -232,7 +232,7 @@ class _Run:
                 outcome = Outcome(request.id, self.now(), request.prompt_tokens, request.slo)
                 self.outcomes.append(outcome)
                 self.send_lag_s.append(outcome.arrived_at - request.arrived_at)
-                streams.add(asyncio.create_task(self._stream(client, request, outcome, data)))
+                streams.add(asyncio.create_task(self._stream(wire, request, outcome, data)))
             await asyncio.wait(streams, timeout=self.endpoint.patience_s)
         finally:
             for stream in streams:
@@ -242,19 +242,20 @@ class _Run:
             if isinstance(end, Exception):
                 raise end
 
-    async def _stream(self, client: StreamingClient, request: Request, outcome: Outcome, data: bytes) -> None:
+    async def _stream(self, wire: Wire, request: Request, outcome: Outcome, data: bytes) -> None:
         """One request from its sending to its last token; whatever goes wrong is its outcome."""
         tokens, refusal = TokenStream(), bytearray()
+        answer: Answer | None = None
 
-        def take(data: bytes) -> None:
-            if answer.status == 200:
+        def hear(status: int, data: bytes) -> None:
+            if status == 200:
                 tokens.feed(self.now(), data)
             else:
                 refusal.extend(data)
 
-        answer = Answer(take)
         try:
-            await client.post(self.endpoint.path, headers(self.endpoint, request), data, answer)
+            answer = await wire.post(self.endpoint.path, headers(self.endpoint, request), data, hear)
+            await answer.heard()
             if answer.status != 200:
                 _refused(outcome, answer.status, bytes(refusal))
                 return
@@ -266,8 +267,10 @@ class _Run:
             outcome.delivered(tokens.ended().token_at)
             outcome.ending, outcome.code = "failed", type(error).__name__
         finally:
-            outcome.instance = answer.headers.get("x-polyserve-instance")
-            outcome.promoted = answer.headers.get("x-polyserve-promoted") == "true"
+            if answer is not None:
+                answer.close()
+                outcome.instance = answer.header(b"x-polyserve-instance").decode("latin-1") or None
+                outcome.promoted = answer.header(b"x-polyserve-promoted") == b"true"
             self._answered += 1
             self._on_answered(self._answered)
 
