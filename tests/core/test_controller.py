@@ -477,3 +477,10 @@ def test_nothing_to_do_is_nothing_to_wake_for() -> None:
     assert body.controller.wake_at is None
     body.join("m0")
     assert body.controller.wake_at is not None
+
+
+def test_an_elastic_fleet_wakes_to_start_its_minimum_though_nothing_has_happened() -> None:
+    body = elastic(min_instances=2)
+    assert body.controller.wake_at is not None
+    started = [a for a in body.wait(1.0) if isinstance(a, Start)]
+    assert len(started) == 2

@@ -68,7 +68,7 @@ class Admission:
     def _holds(self, tier: Tier) -> bool:
         """Whether some instance can keep a tier's pace at all."""
         kinds = self._kinds.values()
-        return not kinds or any(profile.iteration_s(0, 1, 1) <= tier.tpot_s for profile in kinds)
+        return not kinds or any(profile.holds(tier.tpot_s) for profile in kinds)
 
     def solo_ttft_s(self, prompt_tokens: int) -> float:
         """Time to first token on the fastest instance there is, were it idle; 0 while none is known."""

@@ -137,7 +137,9 @@ class Controller:
     @property
     def wake_at(self) -> float | None:
         """When to send a `Tick` if nothing else happens before; None: never."""
-        if not self._configured or not (len(self._fleet) or len(self._pending) or self._starting):
+        if not self._configured:
+            return None
+        if not (len(self._fleet) or len(self._pending) or self._starting or self._scaler.least):
             return None
         beyond = self._pending.next_beyond_at
         return self._look_at if beyond is None else min(self._look_at, max(beyond, self._now))

@@ -101,6 +101,15 @@ class Profile:
         per_decode = self.per_decode_s + (self.mixed_per_decode_s if mixed else 0.0)
         return seconds + per_decode * decodes + kv_slope * kv + self.per_attention_s * attention + self.host_overhead_s
 
+    @property
+    def tightest_pace_s(self) -> float:
+        """The tightest pace that an instance keeps at all: that of one short decode alone."""
+        return self.iteration_s(0, 1, 1)
+
+    def holds(self, pace_s: float, scale: float = 1.0) -> bool:
+        """Whether an instance whose iterations take `scale` times what is said here can keep a pace."""
+        return self.tightest_pace_s * scale <= pace_s
+
     def largest_chunk(self, bound_s: float, decodes: float, kv: float, past: float, longest: int) -> int:
         """Most prompt tokens, up to `longest`, that fit beside the decodes within `bound_s`; 0 when none does."""
         fits = range(1, longest + 1)

@@ -132,7 +132,7 @@ class Ladder:
 
     def holds(self, books: Books, tier: Tier) -> bool:
         """Whether an instance can keep a tier's pace at all."""
-        return books.profile.iteration_s(0, 1, 1) * books.scale <= tier.tpot_s
+        return books.profile.holds(tier.tpot_s, books.scale)
 
     def _take(self, now: float, job: Job, tier: Tier) -> Placement | None:
         """An instance from the pool; failing that, for a tier without any, one from the tier with most to spare."""

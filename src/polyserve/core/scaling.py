@@ -242,6 +242,12 @@ class Scaler:
         """Whether instances may be started and stopped at all."""
         return self._settings.max_instances > 0 and self._settings.router == "tiers"
 
+    @property
+    def least(self) -> int:
+        """Instances that an elastic fleet keeps whatever the load."""
+        floors = sum(tier.min_instances for tier in self._tiers)
+        return max(self._settings.min_instances, floors) if self.elastic else 0
+
     def look(self, now: float, waiting: Sequence[TierName], starting: int) -> Plan:
         """One look: `waiting` tiers have pending requests, `starting` instances are on their way."""
         plan = Plan([], 0, [])
@@ -327,7 +333,7 @@ class Scaler:
     def _grow(self, ready: list[Books], waiting: Sequence[TierName], starting: int, plan: Plan) -> None:
         settings = self._settings
         have = len(ready) + starting
-        wanted = max(settings.min_instances, sum(t.min_instances for t in self._tiers))
+        wanted = self.least
         if settings.predictive and settings.sizing == "demand":
             wanted = max(wanted, sum(self.wanted.values()))
         pool = len(self._fleet.of_tier(None))
@@ -341,7 +347,7 @@ class Scaler:
         settings = self._settings
         if waiting or starting:
             return
-        wanted = max(settings.min_instances, sum(t.min_instances for t in self._tiers))
+        wanted = self.least
         if settings.predictive and settings.sizing == "demand":
             wanted = max(wanted, sum(self.wanted.values()))
         taken = {books.id for books, _ in plan.assign}
