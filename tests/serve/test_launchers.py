@@ -16,7 +16,7 @@ import pytest
 from live import until
 
 from polyserve.serve.launchers import LaunchError
-from polyserve.serve.launchers.local import LocalLauncher
+from polyserve.serve.launchers.local import KEPT_BYTES, LocalLauncher, Output
 from polyserve.serve.launchers.static import StaticLauncher
 from polyserve.serve.plan import LocalPlan
 
@@ -78,6 +78,38 @@ async def test_a_command_that_ends_says_why() -> None:
     async with launcher([sys.executable, "-c", "raise SystemExit('no such profile')"]) as made:
         with pytest.raises(LaunchError, match="i1 ended with 1: no such profile"):
             await made.start("i1")
+
+
+async def test_of_a_command_that_says_much_the_end_is_kept() -> None:
+    much = "print('x' * 300_000, flush=True); raise SystemExit('no such profile')"
+    async with launcher([sys.executable, "-c", much]) as made:
+        with pytest.raises(LaunchError, match="i1 ended with 1: no such profile"):
+            await made.start("i1")
+
+
+async def test_output_beyond_what_is_kept_is_let_go_and_the_writer_never_waits() -> None:
+    reading, writing = os.pipe()
+    pipe = open(reading, "rb", buffering=0)  # noqa: ASYNC230, SIM115 - a pipe does not wait; the output closes it
+
+    def write() -> None:
+        with open(writing, "wb") as file:
+            for _ in range(4 * KEPT_BYTES // 1024):
+                file.write(b"x" * 1023 + b"\n")
+            file.write(b"end\n")
+
+    output = Output(pipe)
+    await asyncio.to_thread(write)
+    assert output.last_line() == "end"
+    assert repr(output) == f"<output, {KEPT_BYTES} bytes kept>"
+    output.close()
+
+
+async def test_an_instance_that_closes_its_output_goes_on(tmp_path: Path) -> None:
+    noted = tmp_path / "pids"
+    closed = "import os; os.close(1); os.close(2)\n" + HEALTHY
+    async with launcher([sys.executable, "-c", closed, "{port}", str(noted)]) as made:
+        await made.start("i1")
+        assert all(map(alive, pids(noted)))
 
 
 async def test_a_command_that_does_not_exist_says_so() -> None:

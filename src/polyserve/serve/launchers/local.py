@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import IO
 
@@ -30,7 +29,40 @@ log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 LOOK_EVERY_S = 0.1
+# As much as a pipe holds, so that one read empties it.
+KEPT_BYTES = 64 * 1024
 _PR_SET_PDEATHSIG = 1
+
+
+class Output:
+    """The last that a process said; its pipe is emptied as it fills, so that the process never waits for us."""
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        os.set_blocking(pipe.fileno(), False)
+        self._pipe = pipe
+        self._kept = b""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(pipe.fileno(), self._take)
+
+    def __repr__(self) -> str:
+        return f"<output, {len(self._kept)} bytes kept>"
+
+    def last_line(self) -> str:
+        self._take()
+        lines = self._kept[-4096:].decode(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else "it said nothing"
+
+    def close(self) -> None:
+        if not self._pipe.closed:
+            self._loop.remove_reader(self._pipe.fileno())
+            self._pipe.close()
+
+    def _take(self) -> None:
+        piece = b"" if self._pipe.closed else self._pipe.read(KEPT_BYTES)
+        if piece:
+            self._kept = (self._kept + piece)[-KEPT_BYTES:]
+        elif piece is not None:  # the end, not merely nothing yet
+            self.close()
 
 
 class LocalLauncher:
@@ -39,7 +71,7 @@ class LocalLauncher:
     def __init__(self, plan: LocalPlan, session: aiohttp.ClientSession) -> None:
         self._plan = plan
         self._session = session
-        self._processes: dict[InstanceId, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
+        self._processes: dict[InstanceId, tuple[subprocess.Popen[bytes], Output]] = {}
 
     def __repr__(self) -> str:
         return f"<local launcher of {len(self._processes)} processes>"
@@ -75,26 +107,26 @@ class LocalLauncher:
     async def close(self) -> None:
         await asyncio.gather(*(self.stop(instance) for instance in list(self._processes)))
 
-    def _spawn(self, instance: InstanceId, port: int) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+    def _spawn(self, instance: InstanceId, port: int) -> tuple[subprocess.Popen[bytes], Output]:
         plan = self._plan
         values = {"port": str(port), "profile": plan.profile, "instance": instance}
         command = [_filled(part, values) for part in plan.command]
-        output = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the instance is stopped
         try:
             process = subprocess.Popen(
                 command,
                 env={**os.environ, **plan.environment},
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                bufsize=0,
                 start_new_session=True,
                 preexec_fn=_dies_with_parent(),
             )
         except OSError as error:
-            output.close()
             raise LaunchError(f"instance {instance}: {command[0]}: {error.strerror or error}") from None
         log.info("instance %s: process %d on port %d", instance, process.pid, port)
-        return process, output
+        assert process.stdout is not None, "it was asked for"
+        return process, Output(process.stdout)
 
     async def _answers(self, instance: InstanceId, url: str) -> None:
         process, output = self._processes[instance]
@@ -103,7 +135,7 @@ class LocalLauncher:
             if instance not in self._processes:
                 raise LaunchError(f"instance {instance} was stopped while it started")
             if process.poll() is not None:
-                raise LaunchError(f"instance {instance} ended with {process.returncode}: {_last_line(output)}")
+                raise LaunchError(f"instance {instance} ended with {process.returncode}: {output.last_line()}")
             with contextlib.suppress(*UNREACHABLE):
                 async with self._session.get(f"{url}/health", timeout=PROBE_TIMEOUT) as answer:
                     if answer.status == 200:
@@ -148,10 +180,3 @@ async def _ended(process: subprocess.Popen[bytes], within_s: float) -> bool:
             return False
         await asyncio.sleep(LOOK_EVERY_S / 4)
     return True
-
-
-def _last_line(output: IO[bytes]) -> str:
-    end = output.seek(0, os.SEEK_END)
-    output.seek(max(0, end - 4096))
-    lines = output.read().decode(errors="replace").strip().splitlines()
-    return lines[-1][:300] if lines else "it said nothing"
