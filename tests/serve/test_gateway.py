@@ -364,6 +364,15 @@ async def test_no_engine_at_all_is_said_at_once_and_an_engine_that_comes_is_take
             assert (await post(live, CHAT))[0] == 200
 
 
+async def test_a_tier_that_no_instance_of_a_profile_can_hold_is_said_at_start(caplog: Any) -> None:
+    tiers = [{"name": "rushed", "tpot_ms": 10, "ttft_ms": 500}, {"name": "fast", "tpot_ms": 20, "ttft_ms": 500}]
+    async with over(FakeEngine(), tiers=tiers):
+        said = [record.getMessage() for record in caplog.records if "cannot hold" in record.getMessage()]
+    assert said == [
+        "profile a100-llama-3-8b cannot hold tier rushed: a token takes an idle instance 11.8 ms, and 10 ms is asked"
+    ]
+
+
 async def test_requests_on_a_lost_engine_go_to_another() -> None:
     slow, sound = FakeEngine(first_after_s=60), FakeEngine()
     async with contextlib.AsyncExitStack() as stack:

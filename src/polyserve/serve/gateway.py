@@ -18,6 +18,7 @@ import aiohttp
 import uvicorn
 
 from polyserve.core.controller import Controller
+from polyserve.core.profile import Profile
 from polyserve.core.types import (
     Action,
     Arrived,
@@ -111,6 +112,7 @@ class Gateway:
     def open(self) -> None:
         """Begin to work."""
         _warm_up(self.plan)
+        _say_what_is_too_slow(self.plan)
         self.driver.start()
         for spec in self.plan.engines:
             self.fleet.add(spec)
@@ -241,6 +243,21 @@ def _warm_up(plan: Plan) -> None:
         events.append(Progressed(0.0, instance.id, {name: 1}))
     for event in events:
         brain.step(0.0, event)
+
+
+def _say_what_is_too_slow(plan: Plan) -> None:
+    """Name the tiers that will get no instance of a profile, however empty it is."""
+    for name, plain in plan.configured.profiles.items():
+        profile = Profile.from_dict(plain)
+        for tier in plan.configured.tiers:
+            if not profile.holds(tier.tpot_s):
+                log.warning(
+                    "profile %s cannot hold tier %s: a token takes an idle instance %.3g ms, and %.3g ms is asked",
+                    name,
+                    tier.name,
+                    1e3 * profile.tightest_pace_s,
+                    1e3 * tier.tpot_s,
+                )
 
 
 @contextlib.asynccontextmanager
