@@ -100,6 +100,14 @@ def test_a_slowed_profile_is_slower_by_that_much_everywhere(
     assert profile.slowed(factor).iteration_s(*shape) == pytest.approx(factor * profile.iteration_s(*shape))
 
 
+@given(profiles(), st.floats(0.5, 3))
+def test_a_pace_is_held_from_one_decode_alone_upwards(profile: Profile, scale: float) -> None:
+    alone_s = profile.iteration_s(0, 1, 1) * scale
+    assert profile.holds(alone_s, scale)
+    assert profile.holds(2 * alone_s, scale)
+    assert not profile.holds(0.99 * alone_s, scale)
+
+
 @given(profiles())
 def test_a_profile_survives_its_file(profile: Profile) -> None:
     assert Profile.from_dict(json.loads(json.dumps(profile.to_dict(), allow_nan=False))) == profile
