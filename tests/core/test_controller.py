@@ -407,6 +407,15 @@ def test_an_instance_whose_hosts_have_gone_takes_the_tier_of_its_tightest_guest(
     assert SetPace("m0", 0.05) in actions
 
 
+def test_who_is_left_on_a_draining_instance_is_not_held_to_the_pace_of_who_has_gone() -> None:
+    body = fixed(ready=2, tight_on_loose=True, promotion="off")
+    fill(body, tpot_s=0.02)
+    body.arrive("loose", Slo(1.0, 0.1))
+    assert SetPace("m1", 0.02) in body.arrive("tight", Slo(9.0, 0.02), prompt=2000)
+    body.drain("m1")
+    assert body.finish("tight") == [SetPace("m1", 0.1)]
+
+
 def test_baselines_leave_labels_and_paces_alone() -> None:
     body = Body(policy("round-robin"), ready=2)
     actions = body.arrive("a", Slo(0.01, 0.02)) + body.arrive("b", None) + body.wait(5.0)

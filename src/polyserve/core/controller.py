@@ -304,6 +304,8 @@ class Controller:
         """A resident has left."""
         if books.state is State.DRAINING:
             self._stop_if_drained(books)
+            if books.jobs:
+                self._repace(books)
             return
         self._relabel_for_guests(books)
         self._repace(books)
