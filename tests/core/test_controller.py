@@ -481,6 +481,14 @@ def test_time_runs_one_way_and_configuration_comes_first() -> None:
         body.controller.step(0.5, Tick(0.5))
 
 
+def test_looking_all_the_time_lets_time_pass() -> None:
+    body = fixed(look_s=0.0)
+    fill(body)
+    body.arrive("r", Slo(9.0, 0.1), prompt=2000)
+    body.wait(0.1)
+    assert (body.controller.wake_at or 0.0) > body.now
+
+
 def test_nothing_to_do_is_nothing_to_wake_for() -> None:
     body = fixed(ready=0)
     assert body.controller.wake_at is None

@@ -60,6 +60,7 @@ from polyserve.core.types import (
 )
 
 EXPLAINED = 256  # decisions kept for `Controller.explanations`
+LEAST_LOOK_S = 0.01  # a look that is due again at once would never let time pass
 RETRY_FLOOR_S = 0.1  # a client that is told to come back sooner only adds load
 # A second start of a failing launcher comes after this, then after twice as long, up to a minute.
 BACKOFF_S, LONGEST_BACKOFF_S = 2.0, 60.0
@@ -518,7 +519,7 @@ class Controller:
     def _look(self) -> None:
         """What is looked at now and then: lengths, tier sizes, empty tails, the budget, the aged."""
         now, settings = self._now, self._settings
-        self._look_at = to_microsecond(now + settings.look_s)
+        self._look_at = to_microsecond(now + max(settings.look_s, LEAST_LOOK_S))
         for name in self._drained:
             self._drained[name] *= math.exp(-settings.look_s / DRAIN_MEMORY_S)
         if self._lengths.unlearned and now - self._lengths_at >= LENGTHS_EVERY_S:
