@@ -364,6 +364,12 @@ async def test_no_engine_at_all_is_said_at_once_and_an_engine_that_comes_is_take
             assert (await post(live, CHAT))[0] == 200
 
 
+async def test_a_refusal_beside_the_proxy_leaves_no_traceback_in_the_log(caplog: Any) -> None:
+    async with over(FakeEngine()) as live, live.http.get(f"{live.url}/v1/models/another") as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (404, "model_not_found")
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 async def test_a_tier_that_no_instance_of_a_profile_can_hold_is_said_at_start(caplog: Any) -> None:
     tiers = [{"name": "rushed", "tpot_ms": 10, "ttft_ms": 500}, {"name": "fast", "tpot_ms": 20, "ttft_ms": 500}]
     async with over(FakeEngine(), tiers=tiers):

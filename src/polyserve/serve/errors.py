@@ -12,7 +12,7 @@ from polyserve.core.types import Refuse, RefuseCode
 Headers = list[tuple[bytes, bytes]]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: whoever passes an exception on may set its traceback
 class ApiError(Exception):
     """What a client is told."""
 
