@@ -223,6 +223,21 @@ def test_an_arrival_behind_a_queue_that_drains_too_slowly_is_refused_early() -> 
     assert refusal(body, "patient") is None
 
 
+def test_the_surer_a_refusal_has_to_be_the_later_it_comes() -> None:
+    refused = []
+    for confidence in (0.0, 0.6, 0.8, 0.95, 1.0):
+        body = fixed(profile=CRAMPED, confidence=confidence)
+        for n in range(20):
+            body.arrive(f"r{n}", Slo(9.0, 0.1), prompt=200)
+        body.wait(1.0)
+        body.finish(body.of(Fate.RUNS)[0].id)
+        for n in range(60):
+            body.arrive(f"s{n}", Slo(4.0 + n, 0.1), prompt=200)
+        refused.append(len(body.of(Fate.REFUSED)))
+    assert refused == sorted(refused, reverse=True)
+    assert len(set(refused)) >= 4
+
+
 def test_nobody_overtakes_a_queue_of_earlier_deadlines() -> None:
     body = fixed(head_walk=0)
     fill(body)

@@ -10,6 +10,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 from random import Random
+from statistics import NormalDist
 from typing import assert_never
 
 from polyserve.core.admission import Admission
@@ -165,6 +166,7 @@ class Controller:
         self._router: Router = router(
             self._settings, self._tiers, self._fleet, self._forecaster, self._demand, Random(event.seed)
         )
+        self._quantile = NormalDist().inv_cdf(min(max(self._settings.confidence, 0.001), 0.999))
         self._scaler = Scaler(self._settings, self._tiers, self._fleet, self._demand)
         # Not at once: a body tells of the instances that exist right after this.
         self._look_at = to_microsecond(self._now + self._settings.look_s)
@@ -481,8 +483,7 @@ class Controller:
         wait = self._drain_s(job)
         if ahead == 0 or wait <= 0.0:
             return False
-        quantile = 1.2816 if self._settings.confidence >= 0.9 else 0.6745
-        if wait * (1.0 - quantile / math.sqrt(ahead + 1)) > job.latest_at - self._now:
+        if wait * (1.0 - self._quantile / math.sqrt(ahead + 1)) > job.latest_at - self._now:
             self._refuse(job.id, "overloaded", job.tier, wait)
             return True
         return False
