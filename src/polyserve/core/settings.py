@@ -117,14 +117,13 @@ def _checked(name: str, value: object, hint: Any) -> Any:
 POLICIES: dict[str, Settings] = {
     "polyserve": Settings(),
     # The paper as written: averages, strict pace, most loaded, never refuse, scaling by pending alone. Whether a head
-    # that cannot be in time blocks its queue it does not say; it fares far better when it does not.
+    # that cannot be in time blocks its queue, and what margin predictions get, it does not say: here the better reading.
     "polyserve-paper": Settings(
         placement="fill",
         guest_reserve=0.0,
         relabel=False,
         sizing="pending",
         lengths="average",
-        ttft_margin=0.0,
         memory_margin_sigma=0.0,
         safety_sigma=0.0,
         correction=False,
