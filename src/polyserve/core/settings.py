@@ -117,7 +117,7 @@ def _checked(name: str, value: object, hint: Any) -> Any:
 POLICIES: dict[str, Settings] = {
     "polyserve": Settings(),
     # The paper as written: averages, strict pace, most loaded, never refuse, scaling by pending alone. Whether a head
-    # that cannot be in time blocks its queue, and what margin predictions get, it does not say: here the better reading.
+    # that cannot be in time blocks its queue, and what margin predictions get, it leaves open: here the better reading.
     "polyserve-paper": Settings(
         placement="fill",
         guest_reserve=0.0,
