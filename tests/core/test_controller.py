@@ -251,6 +251,9 @@ def test_a_corrected_prompt_is_judged_by_the_correction() -> None:
     fill(body)
     body.arrive("r", Slo(9.0, 0.1), prompt=2000)
     body.send(Corrected(body.now, "r", 10))
+    job = body.controller.pending.get("r")
+    assert job is not None
+    assert job.latest_at > 9.0 - 0.1, "a short prompt may start late"
     assert dispatches(body.wait(1.0) + body.progress("m0")) == [("r", "m0")]
 
 

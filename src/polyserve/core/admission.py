@@ -83,6 +83,12 @@ class Admission:
         self.set_latest(job)
         return job
 
+    def correct(self, job: Job, prompt_tokens: int) -> None:
+        """Replace an estimate of a waiting job's prompt, and what follows from it."""
+        job.prompt_tokens = prompt_tokens
+        job.length_row = self._lengths.row(None if job.tier is None else self._index[job.tier], prompt_tokens)
+        self.set_latest(job)
+
     def set_latest(self, job: Job) -> None:
         """Note what the job's prompt takes on an idle instance, and when it is too late even for that."""
         if job.slo is not None:

@@ -352,7 +352,7 @@ class Controller:
         job = self._pending.get(event.request)
         if job is not None:
             self._pending.remove(job.id)
-            job.prompt_tokens = event.prompt_tokens
+            self._admission.correct(job, event.prompt_tokens)
             self._pending.push(job, self._now)
             return
         for books in self._fleet:

@@ -84,6 +84,14 @@ class OpenAIEngine:
         except UNREACHABLE:
             return False
 
+    async def models(self) -> list[str]:
+        """The models that it lists; none when it keeps them to itself."""
+        try:
+            async with self.session.get(f"{self.url}/v1/models", timeout=PROBE_TIMEOUT) as answer:
+                return [model.id for model in msgspec.json.decode(await answer.read(), type=_Models).data]
+        except UNREACHABLE:
+            return []
+
     async def facts(self) -> Facts:
         return Facts()
 

@@ -50,6 +50,8 @@ STALE_S = 5.0
 # Streams shorter than this say little about tokens per event.
 LEAST_EVENTS = 16
 
+SILENT = "answers nothing"
+
 PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 
@@ -61,6 +63,7 @@ class Node:
         spec: EngineSpec,
         driver: Driver,
         session: aiohttp.ClientSession,
+        model: str,
         probe_s: float,
         connect_s: float,
         on_end: Callable[[InstanceId], None],
@@ -83,6 +86,7 @@ class Node:
         self._told_at = float("-inf")
         self._driver = driver
         self._session = session
+        self._model = model
         self._probe_s = probe_s
         self._on_end = on_end
         self._tasks: set[asyncio.Task[None]] = set()
@@ -161,17 +165,17 @@ class Node:
             await engine.set_pace(pace_s)
 
     async def _watch(self) -> None:
-        said = False
+        said = ""  # why it is not there, as far as the log knows
         failures = 0
         while True:
             if self.engine is None:
-                found = await detect(self._session, self.spec.url, self.spec.kind, self.spec.send_priority)
-                if found is not None and await self._join(found):
-                    failures, said = 0, False
-                elif not said:
-                    log.warning("instance %s: %s answers nothing; it is tried again", self.id, self.spec.url)
-                    said = True
+                why_not = await self._join()
+                if not why_not:
+                    failures = 0
+                elif why_not != said:
+                    log.warning("instance %s: %s %s; it is tried again", self.id, self.spec.url, why_not)
                     self._join_unseen()
+                said = why_not
             elif await self._alive():
                 failures = 0
                 await self._ask_load()
@@ -179,7 +183,7 @@ class Node:
                 failures += 1
                 if failures >= PROBES_TO_LOSE or self._refused:
                     log.warning("instance %s: %s is lost; it is tried again", self.id, self.spec.url)
-                    said = True
+                    said = SILENT
                     self.lose()
                     if self.spec.launched:
                         self._on_end(self.id)
@@ -194,13 +198,19 @@ class Node:
         recent = self._driver.now() - self.moved_at < ALIVE_S and not self._look.is_set()
         return recent or await self.engine.healthy()
 
-    async def _join(self, engine: OpenAIEngine) -> bool:
+    async def _join(self) -> str:
+        """Take it in if it answers and can serve; says why not, or nothing."""
+        engine = await detect(self._session, self.spec.url, self.spec.kind, self.spec.send_priority)
+        if engine is None:
+            return SILENT
+        models = await engine.models()
+        if models and self._model not in models:  # it would refuse every request, and so fast that it got most
+            return f"serves {', '.join(map(repr, models))}, not {self._model!r}"
         try:
             facts = await engine.facts()
             instance = _instance(self.spec, engine, facts)
         except UNREACHABLE as error:
-            log.warning("instance %s: %s says of itself what cannot be read: %s", self.id, engine.url, error)
-            return False
+            return f"says of itself what cannot be read: {error}"
         if self.instance is not None and self.instance != instance:
             self._driver.post(Lost(self._driver.now(), self.id))
             self.instance = None
@@ -212,7 +222,7 @@ class Node:
         log.info("instance %s: ready at %s (%s)", self.id, engine.url, engine.kind)
         self._spawn(self._listen(engine))
         self._spawn(self._tell_pace())
-        return True
+        return ""
 
     def _join_unseen(self) -> None:
         """Let the brain know of an engine that has not answered yet."""
@@ -280,6 +290,7 @@ class Fleet:
         self,
         driver: Driver,
         session: aiohttp.ClientSession,
+        model: str,
         probe_s: float,
         connect_s: float,
         on_end: Callable[[InstanceId], None],
@@ -287,6 +298,7 @@ class Fleet:
         """`on_end` is told of a launched instance that has gone: it never comes back under the same name."""
         self._driver = driver
         self._session = session
+        self._model = model
         self._probe_s = probe_s
         self._connect_s = connect_s
         self._on_end = on_end
@@ -305,7 +317,7 @@ class Fleet:
         """Take in an engine and begin to probe it."""
         assert spec.id not in self._nodes, "instances are known by their id"
         node = self._nodes[spec.id] = Node(
-            spec, self._driver, self._session, self._probe_s, self._connect_s, self._on_end
+            spec, self._driver, self._session, self._model, self._probe_s, self._connect_s, self._on_end
         )
         node.start()
         return node
