@@ -27,6 +27,7 @@ class FakeEngine:
     answer_type: str = "text/event-stream"
     error_event: bool = False  # after the first token
     healthy: bool = True
+    models: tuple[str, ...] = ()  # that it lists, if any
     prompt_tokens: int = 7
     separator: bytes = b"\n\n"
     seen: list[tuple[str, Headers, dict[str, Any]]] = field(default_factory=list)
@@ -86,6 +87,8 @@ class FakeEngine:
         if method == "GET":
             found = path == "/health" and self.healthy
             text = b"" if found else b"nothing here"
+            if path == "/v1/models" and self.models:
+                found, text = True, json.dumps({"data": [{"id": model} for model in self.models]}).encode()
             if path == "/health" and not self.healthy:
                 return False
             _whole(writer, 200 if found else 404, "text/plain", text)

@@ -364,6 +364,19 @@ async def test_no_engine_at_all_is_said_at_once_and_an_engine_that_comes_is_take
             assert (await post(live, CHAT))[0] == 200
 
 
+async def test_an_engine_of_another_model_is_named_and_gets_no_requests(caplog: Any) -> None:
+    other, right = FakeEngine(models=("big", "huge")), FakeEngine(models=("huge", "tiny"))
+    async with other.running(), right.running(), listening(make_plan([other.url, right.url])) as live:
+        await until(lambda: "serves" in caplog.text and live.gateway.fleet.ready)
+        answers = await asyncio.gather(*(post(live, CHAT) for _ in range(4)))
+        assert [status for status, _, _ in answers] == [200] * 4
+        assert not other.seen
+        said = [record.getMessage() for record in caplog.records if "serves" in record.getMessage()]
+        assert said == [f"instance e0: {other.url} serves 'big', 'huge', not 'tiny'; it is tried again"]
+        other.models = ("tiny",)
+        await live.ready(2)
+
+
 async def test_a_refusal_beside_the_proxy_leaves_no_traceback_in_the_log(caplog: Any) -> None:
     async with over(FakeEngine()) as live, live.http.get(f"{live.url}/v1/models/another") as answer:
         assert (answer.status, (await answer.json())["error"]["code"]) == (404, "model_not_found")

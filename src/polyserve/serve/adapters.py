@@ -51,6 +51,14 @@ class Telemetry(msgspec.Struct, frozen=True):
     prefilling: dict[RequestId, int] = {}
 
 
+class _Model(msgspec.Struct, frozen=True):
+    id: str
+
+
+class _Models(msgspec.Struct, frozen=True):
+    data: list[_Model] = []
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """What an engine's metrics say right now."""
@@ -88,6 +96,8 @@ class OpenAIEngine:
         """The models that it lists; none when it keeps them to itself."""
         try:
             async with self.session.get(f"{self.url}/v1/models", timeout=PROBE_TIMEOUT) as answer:
+                if answer.status != 200:
+                    return []
                 return [model.id for model in msgspec.json.decode(await answer.read(), type=_Models).data]
         except UNREACHABLE:
             return []

@@ -86,9 +86,7 @@ class Gateway:
         brain = Controller()
         self.driver = Driver(brain, plan.configured, self._act, self._observe, journal)
         self.inflight = Inflight(self.driver, plan.bounds.open_requests)
-        self.fleet = Fleet(
-            self.driver, session, plan.model, plan.bounds.probe_s, plan.bounds.connect_s, self._ended
-        )
+        self.fleet = Fleet(self.driver, session, plan.model, plan.bounds.probe_s, plan.bounds.connect_s, self._ended)
         self.decisions = Decisions(brain, self.inflight)
         self.metrics.registry.register(Books(brain, self.fleet, self.inflight, self.driver.now))
         shared = plan.admin is not None and plan.admin == plan.listen
