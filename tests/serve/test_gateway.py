@@ -364,6 +364,14 @@ async def test_no_engine_at_all_is_said_at_once_and_an_engine_that_comes_is_take
             assert (await post(live, CHAT))[0] == 200
 
 
+async def test_a_pace_that_only_the_tiers_forbid_is_not_blamed_on_the_instances() -> None:
+    tiers = [{"name": "calm", "tpot_ms": 50, "ttft_ms": 500}]
+    async with over(FakeEngine(), tiers=tiers) as live:
+        status, answer, _ = await post(live, CHAT, x_slo_tpot_ms="30")  # an idle instance needs 12 ms
+        assert status == 400
+        assert "tighter than every tier" in answer["error"]["message"]
+
+
 async def test_an_engine_of_another_model_is_named_and_gets_no_requests(caplog: Any) -> None:
     other, right = FakeEngine(models=("big", "huge")), FakeEngine(models=("huge", "tiny"))
     async with other.running(), right.running(), listening(make_plan([other.url, right.url])) as live:

@@ -69,7 +69,11 @@ def _type(status: int) -> str:
 
 _REFUSALS: dict[RefuseCode, tuple[int, str]] = {
     "overloaded": (429, "no instance can serve this request in time"),
-    "slo_infeasible": (400, "no instance could keep this pace even when idle; ask for a looser one"),
+    "slo_infeasible": (
+        400,
+        "the pace is tighter than every tier, or even an idle instance would be late with this prompt; "
+        "ask for a looser TTFT or TPOT",
+    ),
     "context_length_exceeded": (400, "prompt and max_tokens are longer than the context of the model"),
     "no_instances": (503, "no instance is ready"),
     "queue_full": (429, "the queue of this tier is full"),
