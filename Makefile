@@ -19,6 +19,7 @@ help:
 
 setup: $(READY)
 
+# The simulation compiles the loops once, so that engines and gateway need not, each for itself, when they start.
 # `ensurepip` is missing on some systems (Debian without python3-venv): then the system's pip fills the environment.
 $(READY): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: PolyServe needs Python 3.11 or later as python3; or say make PYTHON=..." >&2; exit 2; }
@@ -28,6 +29,7 @@ $(READY): requirements.lock pyproject.toml
 		$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check pip; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@$(BIN)/polyserve simulate --trace uniform:64/8 --instances 1 --rate 5 --duration 1 >/dev/null 2>&1
 	@touch $@
 
 check: $(READY)

@@ -43,7 +43,7 @@ BAD = [
     (["--rate", "many"], "--rate: requests per second (100) or a share of the optimum (90%), not 'many'"),
     (["--rate", "0%"], "rate is a positive share of the optimum, not 0"),
     (["--rate", ""], "want a rate"),
-    (["--instances", "0"], "instances: at least 1, not 0"),
+    (["--instances", "0"], "instances: from 1 to 100000, not 0"),
     (["--instances", "x"], "'--instances'"),
     (["--duration", "-1"], "duration is a positive number of seconds, not -1"),
     (["--warm-up", "-1"], "warm-up is not negative, not -1"),

@@ -519,3 +519,11 @@ def test_an_elastic_fleet_wakes_to_start_its_minimum_though_nothing_has_happened
     assert body.controller.wake_at is not None
     started = [a for a in body.wait(1.0) if isinstance(a, Start)]
     assert len(started) == 2
+
+
+def test_a_fleet_that_is_all_gone_says_so_rather_than_that_it_is_busy() -> None:
+    body = fixed(ready=0)
+    body.join("m0")
+    body.arrive("r", Slo(1.0, 0.1))
+    body.wait(2.0)
+    assert refusal(body, "r") == "no_instances"

@@ -509,7 +509,8 @@ class Controller:
             rule = self._on_late(job)
             if rule == "refuse" and not job.late:
                 self._pending.remove(job.id)
-                self._refuse(job.id, "overloaded", job.tier, self._drain_s(job))
+                code: RefuseCode = "overloaded" if self._fleet.ready() else "no_instances"
+                self._refuse(job.id, code, job.tier, self._drain_s(job))
             elif rule == "serve_late" and not job.late:
                 self._pending.remove(job.id)
                 job.late = job.behind = True

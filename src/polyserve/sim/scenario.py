@@ -24,6 +24,8 @@ from polyserve.traces import read_trace
 
 # Long enough for most of a fleet's residents to have come and gone, where the run itself is long enough.
 WARM_UP_S = 60.0
+# Beyond it a run would not end within days.
+MOST_INSTANCES = 100_000
 
 
 @dataclass(frozen=True)
@@ -190,8 +192,8 @@ def faults(scenario: Scenario, workload: Workload, window: tuple[float, float]) 
 
 
 def _check(scenario: Scenario) -> None:
-    if scenario.instances < 1:
-        raise SettingError(f"instances: at least 1, not {scenario.instances}")
+    if not 1 <= scenario.instances <= MOST_INSTANCES:
+        raise SettingError(f"instances: from 1 to {MOST_INSTANCES}, not {scenario.instances}")
     if scenario.duration_s is not None and not 0 < scenario.duration_s < math.inf:
         raise DemandError(f"duration is a positive number of seconds, not {scenario.duration_s:g}")
     if scenario.of_optimal is not None and not 0 < scenario.of_optimal < math.inf:
