@@ -35,6 +35,7 @@ CORE = (
     ("fleet",),
     ("forecast", "pending", "admission", "scaling"),
     ("routing",),
+    ("baselines",),
     ("controller",),
 )
 # What has a clock, dice, a network or a log of its own is none of core's business.

@@ -14,12 +14,13 @@ from statistics import NormalDist
 from typing import assert_never
 
 from polyserve.core.admission import Admission
+from polyserve.core.baselines import router
 from polyserve.core.fleet import Books, Fleet, Job, State
 from polyserve.core.forecast import Forecast, Forecaster, compile_kernels
 from polyserve.core.lengths import LengthModel
 from polyserve.core.pending import Pending
 from polyserve.core.profile import Profile
-from polyserve.core.routing import Placement, Refusal, Router, router
+from polyserve.core.routing import Placement, Refusal, Router
 from polyserve.core.scaling import Demand, Scaler
 from polyserve.core.settings import Settings
 from polyserve.core.types import (
@@ -197,6 +198,11 @@ class Controller:
     def wanted(self) -> dict[TierName, int]:
         """Instances that each tier should have."""
         return self._scaler.wanted
+
+    @property
+    def wants_progress(self) -> bool:
+        """Whether reports of progress change any decision; a body may keep them back where they do not."""
+        return self._router.wants_progress
 
     @property
     def forecasts(self) -> int:

@@ -1,4 +1,4 @@
-"""Who serves a request: PolyServe's ladder over tiers, and the baselines to compare with.
+"""Who serves a request by PolyServe's ladder over tiers.
 
 The ladder, for one request: (1) its own tier, most loaded first where instances can be given back (`fill`) or least
 loaded first on a fixed fleet (`spread`), the first that admits; (2) tighter tiers, whose instances it joins as a
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from random import Random
 from typing import Protocol
 
 from polyserve.core.fleet import Books, Fleet, Job
@@ -47,6 +46,7 @@ class Router(Protocol):
     """Where a request goes, and what may go to an instance that has room again."""
 
     considered: list[Refusal]  # of the last `place`
+    wants_progress: bool  # whether `place` or `refill` read more of the books than who is resident
 
     def place(self, now: float, job: Job) -> Placement | None:
         """The place of one job now; None: it waits."""
@@ -59,6 +59,8 @@ class Router(Protocol):
 
 class Ladder:
     """PolyServe's tiers: load gradient, lazy promotion, pool."""
+
+    wants_progress = True
 
     def __init__(self, settings: Settings, tiers: list[Tier], fleet: Fleet, forecaster: Forecaster, demand: Demand):
         self._settings = settings
@@ -289,86 +291,3 @@ class Ladder:
             refused += 1
             if forecast.lacks not in DEADLINE_CAUSES or refused > self._settings.head_walk:
                 return
-
-
-# --------------------------------------------------------------------------------------------------- baselines
-
-
-class _OnePool:
-    """The whole fleet as one pool: every request goes somewhere at once."""
-
-    def __init__(self, fleet: Fleet, random: Random) -> None:
-        self._fleet = fleet
-        self._random = random
-        self.considered: list[Refusal] = []
-
-    def place(self, now: float, job: Job) -> Placement | None:
-        ready = [b for b in self._fleet.ready() if b.id not in job.avoid]
-        return Placement(job, self.choose(now, ready)) if ready else None
-
-    def choose(self, now: float, ready: list[Books]) -> Books:
-        raise NotImplementedError
-
-    def refill(self, now: float, books: Books, pending: Pending) -> Iterator[Placement]:
-        waiting = [
-            *(job for queue in pending.queues.values() for job in queue),
-            *pending.best_effort.values(),
-        ]
-        for job in waiting:
-            if placement := self.place(now, job):
-                yield placement
-
-
-class RandomChoice(_OnePool):
-    """Any instance, evenly: the paper's Random."""
-
-    def choose(self, now: float, ready: list[Books]) -> Books:
-        return ready[self._random.randrange(len(ready))]
-
-
-class RoundRobin(_OnePool):
-    """One after the other: what a plain load balancer does."""
-
-    _next = 0
-
-    def choose(self, now: float, ready: list[Books]) -> Books:
-        self._next += 1
-        return ready[(self._next - 1) % len(ready)]
-
-
-class LeastRequests(_OnePool):
-    """The instance with the fewest residents: the usual default of LLM gateways."""
-
-    def choose(self, now: float, ready: list[Books]) -> Books:
-        return min(ready, key=lambda b: (len(b.jobs) + b.foreign, b.id))
-
-
-class Minimal(_OnePool):
-    """The instance whose next iteration is the shortest: the paper's Minimal."""
-
-    def choose(self, now: float, ready: list[Books]) -> Books:
-        for books in ready:
-            books.roll(now)
-        return min(ready, key=lambda b: (b.iteration_now_s(), len(b.jobs), b.id))
-
-
-BASELINES: dict[str, type[_OnePool]] = {
-    "random": RandomChoice,
-    "round-robin": RoundRobin,
-    "least-requests": LeastRequests,
-    "minimal": Minimal,
-}
-
-
-def router(
-    settings: Settings,
-    tiers: list[Tier],
-    fleet: Fleet,
-    forecaster: Forecaster,
-    demand: Demand,
-    random: Random,
-) -> Router:
-    """The router that the settings name."""
-    if settings.router == "tiers":
-        return Ladder(settings, tiers, fleet, forecaster, demand)
-    return BASELINES[settings.router](fleet, random)

@@ -18,7 +18,7 @@ class Settings:
     """What a policy is made of. Units are in the names; the comment says what a field switches."""
 
     # Who serves a request: the ladder of tiers, or a baseline over the whole fleet as one pool.
-    router: Literal["tiers", "random", "round-robin", "least-requests", "minimal"] = "tiers"
+    router: Literal["tiers", "random", "round-robin", "least-requests", "power-of-two", "minimal"] = "tiers"
 
     # Placement inside a tier: `fill` takes the most loaded instance that admits, `spread` the least loaded.
     placement: Literal["fill", "spread"] = "fill"
@@ -135,6 +135,7 @@ POLICIES: dict[str, Settings] = {
     "random": Settings(router="random", on_late="never"),
     "round-robin": Settings(router="round-robin", on_late="never"),
     "least-requests": Settings(router="least-requests", on_late="never"),
+    "power-of-two": Settings(router="power-of-two", on_late="never"),
     "minimal": Settings(router="minimal", on_late="never"),
 }
 
