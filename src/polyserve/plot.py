@@ -97,7 +97,7 @@ def _placed(looks: Sequence[Look], rows: dict[InstanceId, int]) -> list[Look | N
 def carpet(columns: Sequence[Sequence[Look | None]], height: int, tiers: Sequence[TierName]) -> NDArray[np.float64]:
     """The picture: a column per moment, a row per place; white where there is no instance."""
     picture = np.ones((height, len(columns), 3))
-    shades = {tier: _shades(hue) for tier, hue in _hues(tiers).items()}
+    shades = {tier: _shades(hue) for tier, hue in tier_hues(tiers).items()}
     pool = _shades(POOL_HUE)
     for x, column in enumerate(columns):
         for y, look in enumerate(column):
@@ -107,7 +107,8 @@ def carpet(columns: Sequence[Sequence[Look | None]], height: int, tiers: Sequenc
     return picture
 
 
-def _hues(tiers: Sequence[TierName]) -> dict[TierName, str]:
+def tier_hues(tiers: Sequence[TierName]) -> dict[TierName, str]:
+    """The colour of each tier, tightest first."""
     if len(tiers) > len(HUES):
         return {tier: MORE_HUES[i % len(MORE_HUES)] for i, tier in enumerate(tiers)}
     step = (len(HUES) - 1) / max(len(tiers) - 1, 1)
@@ -128,7 +129,7 @@ def _label_rows(axes: Axes, instances: Sequence[InstanceId]) -> None:
 
 
 def _legend(figure: Figure, tiers: Sequence[TierName]) -> None:
-    swatches = [Patch(color=hue, label=f"{tier} ms") for tier, hue in _hues(tiers).items()]
+    swatches = [Patch(color=hue, label=f"{tier} ms") for tier, hue in tier_hues(tiers).items()]
     swatches.append(Patch(color=POOL_HUE, label="no tier"))
     figure.legend(handles=swatches, loc="outside lower left", ncols=len(swatches), frameon=False, fontsize=9)
     figure.text(0.99, 0.012, "pale: empty   dark: pace, memory or seats are full", ha="right", fontsize=9)
