@@ -34,7 +34,7 @@ CORE = (
     ("plain", "bound", "lengths"),
     ("fleet",),
     ("forecast", "pending", "admission", "scaling"),
-    ("routing",),
+    ("routing", "autoscaling"),
     ("baselines",),
     ("controller",),
 )

@@ -14,14 +14,15 @@ from statistics import NormalDist
 from typing import assert_never
 
 from polyserve.core.admission import Admission
-from polyserve.core.baselines import router
+from polyserve.core.autoscaling import autoscaler
+from polyserve.core.baselines import Given, router
 from polyserve.core.fleet import Books, Fleet, Job, State
 from polyserve.core.forecast import Forecast, Forecaster, compile_kernels
 from polyserve.core.lengths import LengthModel
 from polyserve.core.pending import Pending
 from polyserve.core.profile import Profile
 from polyserve.core.routing import Placement, Refusal, Router
-from polyserve.core.scaling import Demand, Scaler
+from polyserve.core.scaling import Demand
 from polyserve.core.settings import Settings
 from polyserve.core.types import (
     Action,
@@ -164,11 +165,10 @@ class Controller:
         self._pending = Pending([tier.name for tier in self._tiers])
         self._demand = Demand(self._tiers, self._settings.length_prior_tokens)
         self._forecaster = Forecaster(self._settings, self._lengths)
-        self._router: Router = router(
-            self._settings, self._tiers, self._fleet, self._forecaster, self._demand, Random(event.seed)
-        )
+        given = (self._settings, self._tiers, self._fleet, self._forecaster, self._demand, Random(event.seed))
+        self._router: Router = router(Given(*given))
         self._quantile = NormalDist().inv_cdf(min(max(self._settings.confidence, 0.001), 0.999))
-        self._scaler = Scaler(self._settings, self._tiers, self._fleet, self._demand)
+        self._scaler = autoscaler(self._settings, self._tiers, self._fleet, self._demand, self._pending)
         # Not at once: a body tells of the instances that exist right after this.
         self._look_at = to_microsecond(self._now + self._settings.look_s)
         self._lengths_at = self._now
@@ -249,8 +249,9 @@ class Controller:
         job, books = placement.job, placement.books
         for request in placement.evicts:
             self._evict(books, request)
-        if placement.takes and books.tier != job.tier:
-            self._assign(books, job.tier)
+        label = placement.label or job.tier
+        if placement.takes and books.tier != label:
+            self._assign(books, label)
         if job.id in self._pending:
             self._pending.remove(job.id)
             if job.tier is not None:
@@ -274,13 +275,8 @@ class Controller:
         self._repace(books)
 
     def _repace(self, books: Books) -> None:
-        """An instance's pace is the tightest of its tier's and its residents'."""
-        if self._settings.router != "tiers":
-            return
-        paces = [self._tier[job.tier].tpot_s for job in books.jobs.values() if job.tier is not None]
-        if books.tier is not None:
-            paces.append(self._tier[books.tier].tpot_s)
-        pace = min(paces, default=self._tiers[-1].tpot_s)
+        """Tell an instance the pace that its router wants of it now."""
+        pace = self._router.pace_s(books)
         if pace != books.pace_s:
             books.pace_s = pace
             if books.law.kind == 0:
@@ -539,8 +535,7 @@ class Controller:
         for books in self._fleet.ready():
             if not books.jobs:  # nothing will happen on it that could bring anybody in
                 self._refill(books)
-        if settings.router == "tiers":
-            self._scale()
+        self._scale()
 
     def _scale(self) -> None:
         waiting = [name for name, queue in self._pending.queues.items() if len(queue)]

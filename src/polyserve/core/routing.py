@@ -28,8 +28,9 @@ class Placement:
     job: Job
     books: Books
     forecast: Forecast | None = None
-    takes: bool = False  # the instance changes to the job's tier
+    takes: bool = False  # the instance changes to the job's tier, or to `label`
     evicts: tuple[RequestId, ...] = ()
+    label: TierName | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,10 @@ class Router(Protocol):
 
     def refill(self, now: float, books: Books, pending: Pending) -> Iterator[Placement]:
         """Waiting jobs that fit an instance; the caller carries out each before asking for the next."""
+        ...
+
+    def pace_s(self, books: Books) -> float:
+        """The bound that an instance with a dynamic chunk keeps its iterations in; inf: none but its residents'."""
         ...
 
 
@@ -87,6 +92,13 @@ class Ladder:
                 if placement := self._try(now, job, tier, books):
                     return placement
         return self._take(now, job, tier) or self._slow_down(now, job, tier) or self._evict(now, job, tier)
+
+    def pace_s(self, books: Books) -> float:
+        """The tightest of its tier's pace and its residents'."""
+        paces = [self._tiers[self._rank[job.tier]].tpot_s for job in books.jobs.values() if job.tier is not None]
+        if books.tier is not None:
+            paces.append(self._tiers[self._rank[books.tier]].tpot_s)
+        return min(paces, default=self._tiers[-1].tpot_s)
 
     def _own(self, job: Job, tier: Tier) -> Iterable[Books]:
         return self._by_load(b for b in self._fleet.of_tier(tier.name) if b.id not in job.avoid)

@@ -29,6 +29,8 @@ MOST_GROWTH = 2.0
 HYSTERESIS = 0.2
 # A tier with less than this left of its last arrival is idle: 90 seconds after it.
 IDLE_ARRIVALS = 0.05
+# What the prior output length counts for, in requests.
+PRIOR_REQUESTS = 8.0
 # Share of the fluid optimum that a fleet can be planned for: the rest is burst and fragmentation.
 PLANNED_LOAD = 0.85
 
@@ -121,6 +123,15 @@ class Demand:
         slope = (fast - slow) / (MEMORY_S - SHORT_MEMORY_S)
         return min((fast + slope * (SHORT_MEMORY_S + ahead_s)) / slow, MOST_GROWTH)
 
+    @property
+    def lengths(self) -> tuple[float, float]:
+        """Mean prompt tokens of what arrives and mean output tokens of what ends, all tiers together."""
+        seen = self._seen.values()
+        arrivals, ended = sum(each.arrivals for each in seen), sum(each.ended for each in seen)
+        prompt = sum(each.prompt for each in seen) / arrivals if arrivals > 0.0 else 0.0
+        output = (sum(each.output for each in seen) + PRIOR_REQUESTS * self._prior_output) / (ended + PRIOR_REQUESTS)
+        return prompt, output
+
     def admitted_share(self, tier: TierName) -> float:
         """Admitted over arrived, for the rule under shortage."""
         seen = self._seen[tier]
@@ -140,7 +151,7 @@ class Demand:
         if seen.arrivals <= 0.0:
             return 0.0
         prompt = seen.prompt / seen.arrivals
-        weight = 8.0  # requests' worth of the prior output length
+        weight = PRIOR_REQUESTS
         output = (seen.output + weight * self._prior_output) / (seen.ended + weight)
         prior_context = weight * self._prior_output * (prompt + 0.5 * self._prior_output)
         context = (seen.context + prior_context) / (seen.output + weight * self._prior_output)
@@ -240,7 +251,7 @@ class Scaler:
     @property
     def elastic(self) -> bool:
         """Whether instances may be started and stopped at all."""
-        return self._settings.max_instances > 0 and self._settings.router == "tiers"
+        return self._settings.max_instances > 0 and self._settings.autoscaler == "own"
 
     @property
     def least(self) -> int:

@@ -1,10 +1,16 @@
-"""Every switch of every mechanism, and the named policies: an ablation is a table of switches."""
+"""Every switch of every mechanism, and the named policies: an ablation is a table of switches.
+
+A policy that is not ours is named `their.module:Policy`; `docs/policies.md` says what it must offer.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -17,8 +23,8 @@ class SettingError(ValueError):
 class Settings:
     """What a policy is made of. Units are in the names; the comment says what a field switches."""
 
-    # Who serves a request: the ladder of tiers, or a baseline over the whole fleet as one pool.
-    router: Literal["tiers", "random", "round-robin", "least-requests", "power-of-two", "minimal"] = "tiers"
+    # Who serves a request: the ladder of tiers, a baseline (`ROUTERS`), or their.module:Policy.
+    router: str = "tiers"
 
     # Placement inside a tier: `fill` takes the most loaded instance that admits, `spread` the least loaded.
     placement: Literal["fill", "spread"] = "fill"
@@ -63,6 +69,16 @@ class Settings:
     look_s: float = 1.0  # between two looks at the tails
     predictive: bool = True  # start instances for the load expected when they are ready
 
+    # Who says how many instances: the ladder's tier sizes (a baseline has none), or the requests per instance.
+    autoscaler: Literal["own", "queue", "off"] = "own"
+    target_requests: float = 64.0  # of `queue`: running and waiting requests that one instance should have
+    scale_down_s: float = 60.0  # of `queue`: fewer instances only when so long no more were needed
+
+    # Of single baselines (`docs/policies.md`).
+    static_sizes: str = ""  # `static`: instances per tier, tightest first: 3,4,6,7; empty: the same for all
+    balance: Literal["least-requests", "round-robin"] = "least-requests"  # `static`, `shared-slack`: among equals
+    slo_buffer: float = 1.0  # `least-headroom`, `single-slo`: share of an SLO that a prediction may use
+
     # Best effort.
     best_effort: bool = True
     best_effort_headroom: float = 0.2  # of KV and pace, left free by best-effort requests
@@ -71,6 +87,7 @@ class Settings:
     # The engine's side, told to engines that ask (`dynamic` chunk rule).
     chunk_bound: Literal["pace", "slack"] = "pace"
     chunk_floor_tokens: int = 64
+    relegate: bool = False  # a prompt that cannot be in time any more goes behind all that can
 
     explain: bool = False  # keep every candidate's margins for the last decisions
 
@@ -87,6 +104,8 @@ class Settings:
 
 
 def _checked(name: str, value: object, hint: Any) -> Any:
+    if hint is str:
+        return _CHECKS[name](value)
     if get_origin(hint) is Literal:
         allowed = get_args(hint)
         if value not in allowed:
@@ -109,10 +128,35 @@ def _checked(name: str, value: object, hint: Any) -> Any:
     except (TypeError, ValueError):
         kind = "a whole number" if hint is int else "a number"
         raise SettingError(f"setting {name!r} is {kind}, not {value!r}") from None
+    if name == "target_requests" and number == 0:
+        raise SettingError("setting 'target_requests' is above 0: requests that one instance should have")
     if not 0 <= number < float("inf"):
         raise SettingError(f"setting {name!r} is finite and not negative, not {value!r}")
     return number
 
+
+# ------------------------------------------------------------------------------------------------------- policies
+
+BASELINES = (
+    "random", "round-robin", "least-requests", "power-of-two", "minimal", "static", "least-headroom", "ptokens-batch",
+    "shared-slack", "single-slo",
+)  # fmt: skip
+ROUTERS = ("tiers", *BASELINES)
+
+
+def _router(value: object) -> str:
+    if value in ROUTERS or (isinstance(value, str) and ":" in value):
+        return str(value)
+    raise SettingError(f"setting 'router' is one of {', '.join(ROUTERS)}, or their.module:Policy, not {value!r}")
+
+
+def _sizes(value: object) -> str:
+    if isinstance(value, str) and re.fullmatch(r"(\d{1,6}(,\d{1,6})*)?", value.replace(" ", "")):
+        return value.replace(" ", "")
+    raise SettingError(f"setting 'static_sizes' is instances per tier, tightest first, like 3,4,6,7, not {value!r}")
+
+
+_CHECKS: dict[str, Callable[[object], str]] = {"router": _router, "static_sizes": _sizes}
 
 POLICIES: dict[str, Settings] = {
     "polyserve": Settings(),
@@ -132,16 +176,74 @@ POLICIES: dict[str, Settings] = {
         keep_warm_s=0.0,
         best_effort=False,
     ),
-    "random": Settings(router="random", on_late="never"),
-    "round-robin": Settings(router="round-robin", on_late="never"),
-    "least-requests": Settings(router="least-requests", on_late="never"),
-    "power-of-two": Settings(router="power-of-two", on_late="never"),
-    "minimal": Settings(router="minimal", on_late="never"),
+    **{name: Settings(router=name, on_late="never", autoscaler="queue") for name in BASELINES},
+    "static": Settings(router="static", on_late="never", autoscaler="off"),
+    "shared-slack": Settings(
+        router="shared-slack", on_late="serve_late", autoscaler="queue", chunk_bound="slack", relegate=True
+    ),
+    "single-slo": Settings(router="single-slo", on_late="refuse", autoscaler="queue"),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class EngineWish:
+    """Which engines a policy is meant to run on where nobody says otherwise, and what its operator tunes.
+
+    `tunes` names settings, and `chunk` for the tokens of a fixed chunk.
+    """
+
+    chunk: Literal["dynamic", "fixed"] = "fixed"
+    order: Literal["deadline", "fcfs"] = "fcfs"
+    tunes: tuple[str, ...] = ("chunk",)
+
+
+ENGINES: dict[str, EngineWish] = {
+    **{name: EngineWish() for name in BASELINES},
+    "tiers": EngineWish("dynamic", "deadline", ()),
+    "static": EngineWish("dynamic", "deadline", ("static_sizes", "balance")),
+    "shared-slack": EngineWish("dynamic", "deadline", ("balance",)),
+    "least-headroom": EngineWish(tunes=("chunk", "slo_buffer")),
+    "single-slo": EngineWish(tunes=("chunk", "slo_buffer")),
+}
+
+
+def engine_wish(router: str) -> EngineWish:
+    """The engines that a router is meant for; raises `SettingError` when one from outside cannot be imported."""
+    if router in ENGINES:
+        return ENGINES[router]
+    wish = getattr(outside(router), "engine", EngineWish())
+    if not isinstance(wish, EngineWish):
+        raise SettingError(f"policy {router!r}: its `engine` is an EngineWish, not {wish!r}")
+    return wish
 
 
 def policy(name: str, values: dict[str, object] | None = None) -> Settings:
     """The named policy with some settings replaced; raises `SettingError` naming what exists."""
-    if name not in POLICIES:
-        raise SettingError(f"unknown policy {name!r}; there are: {', '.join(POLICIES)}")
-    return POLICIES[name].replaced(values or {})
+    if ":" in name:
+        own = getattr(outside(name), "settings", {})
+        if not isinstance(own, dict):
+            raise SettingError(f"policy {name!r}: its `settings` is a dict of setting and value, not {own!r}")
+        base = Settings(router=name, on_late="never", autoscaler="queue").replaced(own)
+    elif name in POLICIES:
+        base = POLICIES[name]
+    else:
+        there = ", ".join(POLICIES)
+        raise SettingError(f"unknown policy {name!r}; there are: {there}, or their.module:Policy")
+    return base.replaced(values or {})
+
+
+def outside(name: str) -> type[Any]:
+    """The class that `their.module:Policy` names; raises `SettingError` saying what is wrong with it."""
+    module, _, attribute = name.partition(":")
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        raise SettingError(f"policy {name!r}: a policy from outside is their.module:Policy")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:  # theirs: whatever it raises, it cannot be used
+        raise SettingError(f"policy {name!r}: cannot import {module}: {type(error).__name__}: {error}") from error
+    if not isinstance(found, type):
+        raise SettingError(f"policy {name!r}: {module} has no class {attribute}")
+    lacks = [verb for verb in ("place", "refill") if not callable(getattr(found, verb, None))]
+    if lacks:
+        raise SettingError(f"policy {name!r}: lacks {' and '.join(lacks)}; see docs/policies.md")
+    return found
