@@ -23,6 +23,8 @@ FLOORS = (
     ("sim", "serve"),
     ("engines",),
     ("config",),
+    ("study", "planner"),
+    ("commands",),
     ("cli", "demo"),
     ("__main__",),
 )

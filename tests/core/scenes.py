@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from polyserve.core.fleet import Books, Fleet, Job, State
 from polyserve.core.forecast import Forecaster
-from polyserve.core.kernels import R_FROM, R_RUN
+from polyserve.core.kernels import I_ENDS, R_FROM, R_RUN
 from polyserve.core.lengths import LengthModel
 from polyserve.core.pending import Pending
 from polyserve.core.profile import Limits, Profile
@@ -66,7 +66,7 @@ class Stage:
 
     def _stand_between_iterations(self) -> None:
         """No iteration runs: the next one begins at once, with everybody."""
-        self.books._ends_at = -1.0
+        self.books.numbers[0][I_ENDS] = -1.0
         self.books.rows[:, (R_FROM, R_RUN)] = 0.0
 
 
@@ -79,7 +79,7 @@ class Crew:
         self.settings = Settings().replaced({"length_prior_tokens": CERTAIN, "ttft_margin": 0, **switches})
         self.tiers = list(tiers)
         self.lengths = LengthModel(len(tiers), CERTAIN)
-        self.fleet = Fleet()
+        self.fleet = Fleet([tier.name for tier in tiers])
         self.pending = Pending([tier.name for tier in tiers])
         self.demand = Demand(tiers, 256)
         self.profile = profile
@@ -95,7 +95,7 @@ class Crew:
         books = Books(Instance(id, self.profile.name, chunk), self.profile, self.settings, self.lengths)
         books.state, books.tier = State.READY, tier
         books.pace_s = self.tier(tier).tpot_s if tier else self.tiers[-1].tpot_s
-        self.fleet.books[id] = books
+        self.fleet.add(books)
         for n in range(residents):
             self.resident(books, f"{id}/{n}", tier)
         return books

@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyserve.core import chunking, kernels, plain
+from polyserve.core.arena import Arena
 from polyserve.core.chunking import ChunkLaw, Prefill
+from polyserve.core.fleet import Books, Fleet, Job, State
 from polyserve.core.kernels import (
     DYNAMIC,
     F_COLUMNS,
@@ -32,16 +34,23 @@ from polyserve.core.kernels import (
     G_ROWS,
     I_BLOCK,
     I_COLUMNS,
+    I_COUNT,
+    I_ENDS,
     I_FLOOR,
     I_FREE,
     I_KIND,
     I_KV,
     I_PACE,
+    I_PROFILE,
+    I_RANK,
+    I_ROLLED,
     I_SCALE,
     I_SEQS,
     I_SIGMA,
     I_SPEND,
+    I_TIER,
     I_TOKENS,
+    I_WAITS,
     R_BAND,
     R_BASE,
     R_CAP,
@@ -58,6 +67,8 @@ from polyserve.core.kernels import (
 )
 from polyserve.core.lengths import BANDS, EDGES, GRID, LengthModel
 from polyserve.core.profile import Limits, Profile
+from polyserve.core.settings import Settings
+from polyserve.core.types import Instance, Request, Slo
 
 NOW = 100.0
 TIERS = 2
@@ -221,7 +232,7 @@ def test_a_gauge_is_the_sum_over_residents(case: Case) -> None:
     for line, twin in zip(gauged, lines, strict=True):
         assert line.tolist() == near(twin)
     peak_s = kernels.peak_s(case.profile.packed, gauged, len(GRID), 1.2)
-    assert peak_s == near(plain.peak_s(case.profile, wanted, 1.2))
+    assert peak_s[0] == near(plain.peak_s(case.profile, wanted, 1.2))
 
 
 @given(cases())
@@ -283,7 +294,7 @@ def forecast(case: Case, *, waive: bool, whole: bool) -> Vector:
     out = np.full(F_COLUMNS, 9.0)
     kernels.forecast(
         case.profile.packed, case.inst, case.rows, case.count, case.gauged(), case.table, EDGES, GRID, case.candidate,
-        case.grow, waive, whole, NOW, out,
+        case.grow, kernels.ALL_TESTS, waive, whole, NOW, out,
     )  # fmt: skip
     return out
 
@@ -355,3 +366,78 @@ def test_books_roll_on_as_by_the_plain_rule(case: Case, elapsed: float, running:
     assert ends == pytest.approx(wanted)
     assert rolled[:, R_MADE].tolist() == [r.made for r in side.residents]
     assert rolled[:, R_LEFT].tolist() == [r.left for r in side.residents]
+
+
+# ------------------------------------------------------------------------------------------------ whole fleets
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(cases(), min_size=1, max_size=4),
+    st.lists(st.sampled_from([0.0, 1.0, kernels.POOL]), min_size=4, max_size=4),
+    st.permutations(range(4)),
+    st.lists(st.sampled_from([(0.0, 0.0), (1.0, 0.1), (kernels.POOL, 0.0)]), min_size=1, max_size=3, unique=True),
+    st.booleans(),
+    st.integers(0, 30).map(lambda ms: ms / 1e3),
+)
+def test_a_fleet_is_walked_as_by_the_plain_rule(
+    instances: list[Case],
+    tiers: list[float],
+    ranks: list[int],
+    hosts: list[tuple[float, float]],
+    least_first: bool,
+    elapsed: float,
+) -> None:
+    first, now, pace = instances[0], NOW + elapsed, 0.03
+    arena = Arena(len(GRID), len(instances))
+    places = []
+    for at, case in enumerate(instances):
+        case.inst[I_TIER], case.inst[I_RANK], case.inst[I_COUNT] = tiers[at], ranks[at], case.count
+        case.inst[I_PROFILE] = arena.profile(case.profile.packed)
+        case.inst[I_ENDS], case.inst[I_WAITS], case.inst[I_ROLLED] = NOW + 0.004, 1.0, NOW
+        arena.insts[at], arena.rows[at, : case.count] = case.inst, case.rows
+        side = case.plainly()
+        places.append(plain.Place(case.profile, side.station, side.residents, tiers[at], ranks[at], NOW + 0.004))
+    waive = math.isinf(first.candidate[R_DUE])
+    asked = plain.walk(
+        places, first.plain_table(), EDGE_LIST, GRID_LIST, hosts, pace, plain.Resident.of(first.candidate.tolist()),
+        least_first=least_first, grow=first.grow, waive=waive, now=now,
+    )  # fmt: skip
+    tried, out = np.zeros(len(instances), np.int64), np.zeros((len(instances), F_COLUMNS))
+
+    def walked(whole: bool) -> tuple[bool, int]:
+        arena.insts[:, kernels.I_GAUGED] = -1.0
+        codes, reserves = (np.array(column) for column in zip(*hosts, strict=True))
+        admits, count = kernels.walk(
+            arena.profiles, arena.insts, arena.rows, arena.gauges, first.table, EDGES, GRID, 1.0,
+            np.zeros(len(instances), np.bool_), codes, reserves, pace, first.candidate, least_first, first.grow,
+            kernels.ALL_TESTS, waive, whole, now, tried, out,
+        )  # fmt: skip
+        return admits, count
+
+    admits, count = walked(True)
+    assert admits == (bool(asked) and asked[-1][1].admit)
+    assert [places[at] for at in tried[:count]] == [place for place, _ in asked]
+    peaks = [margins.peak for _, margins in asked]
+    assert out[:count, F_PEAK].tolist() == near(peaks)
+    hasty, count = walked(False)
+    assert hasty == admits
+    if admits:
+        assert places[tried[count - 1]] is asked[-1][0]
+
+
+def test_an_arena_keeps_its_books_when_it_grows() -> None:
+    steady = Profile("steady", (0.0, 256.0), (0.01, 0.01), 0.0, 0.0, 0.0, Limits(10**6, 512, 600))
+    fleet, lengths = Fleet(["t"]), LengthModel(1, 64)
+    for n in range(5):
+        books = Books(Instance(f"i{n}", "steady"), steady, Settings(), lengths)
+        books.state, books.tier, books.pace_s = State.READY, "t", 0.01 * (n + 1)
+        fleet.add(books)
+        for at in range(20 * n):
+            books.add(Job(Request(f"{n}/{at}", 0.0, 8 + at, Slo(1.0, 0.1)), "t", Slo(1.0, 0.1), 8 + at), 0.0)
+    fleet.remove("i1")
+    for n in (0, 2, 3, 4):
+        books = fleet.books[f"i{n}"]
+        assert books.pace_s == 0.01 * (n + 1)
+        assert sorted(books.rows[:, R_PROMPT]) == [8 + at for at in range(20 * n)]
+        assert np.shares_memory(books.numbers[1], fleet.arena.rows)

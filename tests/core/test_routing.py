@@ -50,7 +50,7 @@ def test_the_own_tier_is_filled_or_spread(placement: str, chosen: str) -> None:
 
 
 def test_the_most_loaded_that_admits_is_taken_and_the_fuller_ones_say_why_not() -> None:
-    crew = costly(placement="fill")
+    crew = costly(placement="fill", explain=True)
     for n, residents in enumerate((3, 9, 5)):
         crew.instance(f"i{n}", "tight", residents)
     placement = place(crew, "tight")
@@ -163,7 +163,7 @@ def test_the_emptiest_of_the_pool_is_taken_and_its_free_residents_leave_only_if_
     crew.resident(crew.instance("a"), "free", None)
     crew.instance("b")
     assert where(place(crew, "tight")) == "b"
-    del crew.fleet.books["b"]
+    crew.fleet.remove("b")
     placement = place(crew, "tight")
     assert placement is not None
     assert (placement.books.id, placement.takes, placement.evicts) == ("a", True, ())
@@ -247,7 +247,7 @@ def test_best_effort_goes_to_the_pool_and_then_to_the_least_loaded() -> None:
     crew.instance("l", "loose", 3)
     crew.instance("free")
     assert where(place(crew, None)) == "free"
-    del crew.fleet.books["free"]
+    crew.fleet.remove("free")
     placement = place(crew, None)
     assert where(placement) == "l"
     assert placement is not None
@@ -352,7 +352,7 @@ def test_one_that_is_late_anyway_is_served_by_an_empty_instance_that_has_become_
     wait(crew, "late", "tight")
     books = crew.instance("t", "tight")
     for _ in range(500):
-        books.correction.observe(0.03, 0.01)
+        books.observe(0.03, 0.01)
     assert refilled(crew, books, now=0.5) == []
     assert refilled(crew, books, now=1.5) == ["late"]
 

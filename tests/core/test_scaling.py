@@ -358,7 +358,7 @@ def test_a_fleet_without_requests_shrinks_to_its_minimum() -> None:
             for books, tier in plan.assign:
                 books.tier, books.since, books.empty_looks = tier, now, 0
             for books in plan.stop:
-                del crew.fleet.books[books.id]
+                crew.fleet.remove(books.id)
         assert len(crew.fleet.ready()) == least
 
 

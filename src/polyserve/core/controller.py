@@ -13,6 +13,8 @@ from random import Random
 from statistics import NormalDist
 from typing import assert_never
 
+import numpy as np
+
 from polyserve.core.admission import Admission
 from polyserve.core.autoscaling import autoscaler
 from polyserve.core.baselines import Given, router
@@ -157,10 +159,9 @@ class Controller:
         self._settings = Settings().replaced(event.settings)
         self._tiers = sorted(event.tiers, key=lambda t: t.tpot_s)
         self._tier: dict[TierName, Tier] = {tier.name: tier for tier in self._tiers}
-        self._index = {tier.name: i for i, tier in enumerate(self._tiers)}
         self._profiles = {name: Profile.from_dict(plain) for name, plain in event.profiles.items()}
         self._lengths = LengthModel(len(self._tiers), self._settings.length_prior_tokens, self._settings.lengths)
-        self._fleet = Fleet()
+        self._fleet = Fleet([tier.name for tier in self._tiers])
         self._admission = Admission(self._settings, self._tiers, self._profiles, self._lengths)
         self._pending = Pending([tier.name for tier in self._tiers])
         self._demand = Demand(self._tiers, self._settings.length_prior_tokens)
@@ -320,9 +321,9 @@ class Controller:
         """An instance whose hosts have gone takes the tier of its tightest guest, where tiers are not sized."""
         if books.tier is None or self._settings.router != "tiers" or self._settings.sizing == "demand":
             return
-        tiers = [self._index[j.tier] for j in books.jobs.values() if j.tier is not None]
-        if tiers and self._index[books.tier] not in tiers:
-            self._assign(books, self._tiers[min(tiers)].name)
+        there = [tier.name for tier in self._tiers if books.by_tier.get(tier.name)]
+        if there and books.tier not in there:
+            self._assign(books, there[0])
 
     # --------------------------------------------------------------------------------------------- what happens
 
@@ -416,7 +417,7 @@ class Controller:
         books = Books(instance, self._profiles[instance.profile], self._settings, self._lengths)
         books.since = self._now
         self._admission.joined(books)
-        self._fleet.books[instance.id] = books
+        self._fleet.add(books)
 
     def _ready(self, instance: InstanceId) -> None:
         books = self._fleet.get(instance)
@@ -430,7 +431,7 @@ class Controller:
         self._refill(books)
 
     def _lost(self, instance: InstanceId) -> None:
-        books = self._fleet.books.pop(instance, None)
+        books = self._fleet.remove(instance)
         self._starting.pop(instance, None)
         if books is None:
             return
@@ -441,7 +442,7 @@ class Controller:
 
     def _failed(self, instance: InstanceId) -> None:
         self._starting.pop(instance, None)
-        self._fleet.books.pop(instance, None)
+        self._fleet.remove(instance)
         self._start_after = self._now + min(BACKOFF_S * 2.0**self._failures, LONGEST_BACKOFF_S)
         self._failures += 1
 
@@ -456,7 +457,7 @@ class Controller:
 
     def _stop_if_drained(self, books: Books) -> None:
         if not books.jobs:
-            del self._fleet.books[books.id]
+            self._fleet.remove(books.id)
             self._actions.append(Stop(books.id))
 
     # ------------------------------------------------------------------------------------------------ being late
@@ -528,7 +529,7 @@ class Controller:
             self._drained[name] *= math.exp(-settings.look_s / DRAIN_MEMORY_S)
         if self._lengths.unlearned and now - self._lengths_at >= LENGTHS_EVERY_S:
             self._lengths_at = now
-            self._lengths.refresh(made for books in self._fleet for made in books.made())
+            self._lengths.refresh(np.concatenate([np.zeros((0, 2)), *(books.made() for books in self._fleet)]))
         self._time_out_queues()
         self._age_best_effort()
         self._time_out_starts()

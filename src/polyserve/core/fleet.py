@@ -8,32 +8,44 @@ the clock or the length table moves.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
 
 from polyserve.core import kernels
+from polyserve.core.arena import Arena
 from polyserve.core.chunking import ChunkLaw, chunk_law
+from polyserve.core.correction import Correction
 from polyserve.core.kernels import (
+    AWAY,
     I_BLOCK,
-    I_COLUMNS,
+    I_COUNT,
+    I_ENDS,
+    I_FCFS,
     I_FLOOR,
     I_FREE,
+    I_GAUGED,
     I_KIND,
     I_KV,
     I_MARGIN,
     I_PACE,
+    I_PEAK,
+    I_PROFILE,
+    I_RANK,
+    I_ROLLED,
     I_SCALE,
     I_SEQS,
     I_SIGMA,
     I_SPEND,
+    I_TIER,
     I_TOKENS,
+    I_WAITS,
+    POOL,
     R_BAND,
     R_BASE,
     R_CAP,
-    R_COLUMNS,
     R_DUE,
     R_FROM,
     R_KEY,
@@ -42,7 +54,6 @@ from polyserve.core.kernels import (
     R_PROMPT,
     R_RUN,
     R_SEEN,
-    R_SOLO,
     R_TPOT,
     Matrix,
     Vector,
@@ -59,40 +70,6 @@ class State(StrEnum):
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
-
-
-class Correction:
-    """Live ratio of observed to believed iteration times, and its spread.
-
-    An exponentially weighted mean of the ratio: its weight halves every `HALF_LIFE` iterations, and it starts from
-    `PRIOR` iterations that were exactly as believed, so that one slow iteration changes little.
-    """
-
-    HALF_LIFE = 100.0
-    PRIOR = 10.0
-
-    def __init__(self) -> None:
-        self._weight = self.PRIOR
-        self._mean = 1.0
-        self._square = 0.0
-
-    def observe(self, observed_s: float, believed_s: float) -> None:
-        """Learn from one iteration; wild ratios (a stall, a clock that jumped) count as the nearest sane one."""
-        ratio = min(max(observed_s / believed_s, 0.25), 4.0)
-        self._weight = self._weight * 0.5 ** (1.0 / self.HALF_LIFE) + 1.0
-        off = ratio - self._mean
-        self._mean += off / self._weight
-        self._square += (off * (ratio - self._mean) - self._square) / self._weight
-
-    @property
-    def ratio(self) -> float:
-        """Observed over believed."""
-        return self._mean
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation of single iterations around `ratio`, as a share of it."""
-        return math.sqrt(max(self._square, 0.0)) / self._mean
 
 
 @dataclass(slots=True)
@@ -128,11 +105,30 @@ class Job:
         """Tokens to compute before the next output token."""
         return self.prompt_tokens + self.made
 
+    def row(self) -> Vector:
+        """The job as a row of the books (columns `kernels.R_*`), for an engine that goes by deadlines and is idle.
+
+        A request for n choices is charged its prompt once.
+        """
+        request, slo = self.request, self.slo
+        prompt, due = self.prompt_tokens + self.made, self.due_at
+        cap = math.inf if request.max_tokens is None else max(request.max_tokens - self.made, 1)
+        tpot = slo.tpot_s if slo else 0.0  # without a deadline due is inf, and stays it
+        return np.array(
+            (prompt, prompt, 0.0, cap, self.length_row, due, tpot, due, self.made, self.made, 0.0, 0.0, self.solo_s)
+        )
+
 
 class Books:
-    """What one instance holds and how fast it is believed to be."""
+    """What one instance holds and how fast it is believed to be.
 
-    def __init__(self, instance: Instance, profile: Profile, settings: Settings, lengths: LengthModel):
+    Unwatched books (`watched` false) keep who is there and nothing of how far they are: enough for a policy that
+    counts.
+    """
+
+    def __init__(
+        self, instance: Instance, profile: Profile, settings: Settings, lengths: LengthModel, watched: bool = True
+    ):
         limits = profile.limits
         self.instance = instance
         self.id = instance.id
@@ -141,32 +137,105 @@ class Books:
         self.law: ChunkLaw = chunk_law(instance, profile, settings.chunk_bound, settings.chunk_floor_tokens)
         self.kv_tokens = instance.kv_tokens or limits.kv_tokens
         self.max_num_seqs = instance.max_num_seqs or limits.max_num_seqs
-        self.state = State.STARTING
-        self.tier: TierName | None = None
-        self.pace_s = math.inf
+        self.watched = watched
         self.jobs: dict[RequestId, Job] = {}
         self.correction = Correction()
         self.since = 0.0  # when it last changed state or tier
         self.empty_looks = 0
         self.foreign = 0  # residents that others sent
         self.reported_at = -math.inf
+        self.by_tier: dict[TierName | None, int] = {}  # residents by their tier
+        self._fleet: Fleet | None = None
+        self._state = State.STARTING
+        self._tier: TierName | None = None
         self._settings = settings
         self._lengths = lengths
-        self._rows: Matrix = np.zeros((32, R_COLUMNS))
         self._ids: list[RequestId] = []
         self._index: dict[RequestId, int] = {}
-        self._ends_at = -1.0
-        self._rolled_at = 0.0
         self._mixed = False  # whether a prompt was computed since the last reported iteration
-        self._gauge: Matrix = np.zeros((kernels.G_ROWS, len(GRID)))
-        self._gauged_with: object = None
-        self._peak_s = 0.0
-        self._inst: Vector = np.zeros(I_COLUMNS)
-        self._inst[I_KIND], self._inst[I_TOKENS] = self.law.kind, self.law.tokens
-        self._inst[I_SPEND], self._inst[I_FLOOR] = float(self.law.spend_slack), self.law.floor
-        self._inst[I_KV], self._inst[I_SEQS] = self.kv_tokens, self.max_num_seqs
-        self._inst[I_MARGIN] = settings.ttft_margin
-        self._inst[I_BLOCK], self._inst[I_SIGMA] = limits.block_size, settings.memory_margin_sigma
+        self._settle_in(Arena(len(GRID)))
+        inst = self._inst
+        inst[I_KIND], inst[I_TOKENS] = self.law.kind, self.law.tokens
+        inst[I_SPEND], inst[I_FLOOR] = float(self.law.spend_slack), self.law.floor
+        inst[I_KV], inst[I_SEQS] = self.kv_tokens, self.max_num_seqs
+        inst[I_MARGIN], inst[I_BLOCK] = settings.ttft_margin, limits.block_size
+        inst[I_SIGMA], inst[I_WAITS] = settings.memory_margin_sigma, float(settings.wait_time)
+        inst[I_FCFS] = float(instance.order == "fcfs")
+        inst[I_PACE], inst[I_SCALE], inst[I_ENDS], inst[I_GAUGED] = math.inf, 1.0, -1.0, -1.0
+
+    def _settle_in(self, arena: Arena) -> None:
+        self._arena = arena
+        self.slot = arena.take(self)
+        self.rebind()
+        self._inst[I_PROFILE] = arena.profile(self.packed)
+
+    def rebind(self) -> None:
+        """Take the views of the slot: the arena's arrays were replaced."""
+        arena, slot = self._arena, self.slot
+        self._inst: Vector = arena.insts[slot]
+        self._rows: Matrix = arena.rows[slot]
+        self._gauge: Matrix = arena.gauges[slot]
+
+    def move_in(self, fleet: Fleet) -> None:
+        """Become one of a fleet's: the books move into its arena."""
+        inst, rows = self._inst, self._rows
+        while fleet.arena.rows.shape[1] < len(rows):
+            fleet.arena.widen()
+        self._fleet = fleet
+        self._settle_in(fleet.arena)
+        kind = self._inst[I_PROFILE]
+        self._inst[:], self._rows[: len(rows)] = inst, rows
+        self._inst[I_PROFILE], self._inst[I_GAUGED] = kind, -1.0
+        self._sort()
+
+    def move_out(self) -> None:
+        """Leave the fleet: the slot is free for another."""
+        assert self._fleet is not None
+        inst, rows = self._inst.copy(), self._rows.copy()
+        self._arena.give_back(self.slot)
+        self._fleet = None
+        arena = Arena(len(GRID))
+        while arena.rows.shape[1] < len(rows):
+            arena.widen()
+        self._settle_in(arena)
+        self._inst[:], self._rows[:] = inst, rows
+        self._inst[I_PROFILE], self._inst[I_GAUGED] = 0.0, -1.0
+
+    def _sort(self) -> None:
+        """Tell the fleet under which tier it finds this instance."""
+        if self._fleet is None:
+            return
+        ready = self._state is State.READY
+        self._inst[I_TIER] = self._fleet.code(self._tier) if ready else AWAY
+        self._fleet.changed()
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self._state = state
+        self._sort()
+
+    @property
+    def tier(self) -> TierName | None:
+        """Whose requests it serves first; None: it is in the pool."""
+        return self._tier
+
+    @tier.setter
+    def tier(self, tier: TierName | None) -> None:
+        self._tier = tier
+        self._sort()
+
+    @property
+    def pace_s(self) -> float:
+        """The bound on its iterations."""
+        return self._inst.item(I_PACE)
+
+    @pace_s.setter
+    def pace_s(self, pace_s: float) -> None:
+        self._inst[I_PACE] = pace_s
 
     def __repr__(self) -> str:
         return f"<{self.id} {self.state} tier={self.tier} residents={len(self.jobs)} pace={self.pace_s:.4f}>"
@@ -175,43 +244,36 @@ class Books:
 
     def add(self, job: Job, now: float) -> None:
         """Take a job in as a resident whose prompt is still to be computed."""
+        self.jobs[job.id] = job
+        self.by_tier[job.tier] = self.by_tier.get(job.tier, 0) + 1
+        if not self.watched:
+            return
         self.roll(now)
-        if not self._ids:
-            self._ends_at = -1.0
         at = len(self._ids)
+        if at == 0:
+            self._inst[I_ENDS] = -1.0
         if at == len(self._rows):
-            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
-        self._rows[at] = self.row(job, now)
+            self._arena.widen()
+        row = self._rows[at]
+        row[:] = job.row()
+        if self._inst[I_FCFS]:
+            row[R_KEY] = now
+        row[R_FROM] = max(self._inst.item(I_ENDS), now) if at else now
         self._ids.append(job.id)
         self._index[job.id] = at
-        self.jobs[job.id] = job
         self._mixed = True
         self._touch()
         if at == 0:
             self._advance(now)
-
-    def row(self, job: Job, now: float) -> Vector:
-        """The row a job would have if it joined now; a request for n choices is charged its prompt once."""
-        row = np.empty(R_COLUMNS)
-        request, slo = job.request, job.slo
-        row[R_PROMPT] = row[R_LEFT] = job.prefill_tokens
-        row[R_MADE] = 0.0
-        row[R_CAP] = math.inf if request.max_tokens is None else max(request.max_tokens - job.made, 1)
-        row[R_BAND] = job.length_row
-        row[R_DUE] = job.due_at
-        row[R_TPOT] = slo.tpot_s if slo else 0.0  # without a deadline due is inf, and stays it
-        row[R_KEY] = now if self.instance.order == "fcfs" else row[R_DUE]
-        row[R_BASE] = row[R_SEEN] = job.made
-        row[R_FROM] = max(self._ends_at, now) if self._ids else now
-        row[R_RUN] = 0.0
-        row[R_SOLO] = job.solo_s
-        return row
 
     def remove(self, request: RequestId) -> Job | None:
         """Forget a resident; None when it is not one."""
         job = self.jobs.pop(request, None)
         if job is None:
             return None
+        self.by_tier[job.tier] -= 1
+        if not self.watched:
+            return job
         at = self._index.pop(request)
         job.seen = int(self._rows[at, R_SEEN])
         last = len(self._ids) - 1
@@ -264,6 +326,8 @@ class Books:
         now: float,
     ) -> None:
         """Take in a report: counts are output tokens since the request arrived."""
+        if not self.watched:
+            return
         self.roll(now)
         rows, index = self._rows, self._index
         if not tokens.keys() <= index.keys():
@@ -277,26 +341,28 @@ class Books:
                 rows[row, R_LEFT] = min(max(left, 1), rows[row, R_PROMPT])
         if iteration is not None:
             self._observe(iteration)
-            self._mixed = self.tally()[2] > 0
-            self._ends_at = iteration.ended_at + self._step_s(iteration)
+            tally = self.tally()
+            self._mixed = tally[2] > 0
+            ends_at = self._inst[I_ENDS] = iteration.ended_at + self._step_s(iteration, tally)
             # Whoever has joined by now is in the iteration that a report of now begins, or else in the next.
-            begins_at = iteration.ended_at if iteration.ended_at >= now else self._ends_at
-            self.rows[:, R_FROM] = np.minimum(self.rows[:, R_FROM], begins_at - 1e-6)
+            begins_at = iteration.ended_at if iteration.ended_at >= now else ends_at
+            since = self.rows[:, R_FROM]
+            np.minimum(since, begins_at - 1e-6, out=since)
         self._touch()
         self._advance(now)
 
-    def made(self) -> list[tuple[int, int]]:
-        """(row of the length table, output tokens seen) of every resident."""
-        return [(int(row[R_BAND]), int(row[R_SEEN])) for row in self.rows]
+    def made(self) -> Matrix:
+        """Row of the length table and output tokens seen, of every resident."""
+        return self.rows[:, (R_BAND, R_SEEN)]
 
     def tally(self) -> tuple[int, float, int, float]:
         """Decodes and the KV tokens they read, queued prompts and the prompt tokens still to compute."""
         decodes, kv, queued, left = kernels.tally(self._rows, len(self._ids))
         return decodes, kv, queued, left
 
-    def _step_s(self, iteration: Iteration) -> float:
+    def _step_s(self, iteration: Iteration, tally: tuple[int, float, int, float]) -> float:
         """How long the iteration after a reported one is believed to take: as long as the same kind took."""
-        decodes, kv, queued, _ = self.tally()
+        decodes, kv, queued, _ = tally
         mixed = iteration.prefill_tokens is not None and iteration.prefill_tokens > 0
         if iteration.prefill_tokens is not None and mixed == (queued > 0):
             return iteration.seconds
@@ -315,45 +381,48 @@ class Books:
             prefill, kv = 0, int(held)
         # Prefill attention depends on where in its prompt a chunk lies, which no report tells: decodes alone teach.
         if prefill == 0 and decodes and kv is not None:
-            self.correction.observe(iteration.seconds, self.profile.iteration_s(0, decodes, kv))
+            self.observe(iteration.seconds, self.profile.iteration_s(0, decodes, kv))
+
+    def observe(self, observed_s: float, believed_s: float) -> None:
+        """Learn from one iteration how far the profile is off."""
+        self.correction.observe(observed_s, believed_s)
+        # Deadlines sum many iterations, whose errors partly cancel: a tenth of the single spread remains at 100.
+        spread = self._settings.safety_sigma * 0.1 * self.correction.spread
+        self._inst[I_SCALE] = self.correction.ratio * (1.0 + spread)
 
     def _touch(self) -> None:
-        self._gauged_with = None
+        self._inst[I_COUNT] = len(self._ids)
+        self._inst[I_GAUGED] = -1.0
 
     # ------------------------------------------------------------------------------------------------ what follows
 
     def roll(self, now: float) -> None:
         """Bring the rows to `now` by forecast."""
-        if now <= self._rolled_at:
+        inst = self._inst
+        if now <= inst[I_ROLLED] or not self.watched:
             return
-        self._rolled_at = now
-        count = len(self._ids)
-        if count and self._ends_at <= now:
+        inst[I_ROLLED] = now
+        if self._ids and inst[I_ENDS] <= now:
             self._advance(now)
 
     def _advance(self, now: float) -> None:
         """End every iteration that is over, and plan the one that runs."""
-        self._rolled_at = now
-        if self._ids:
-            ends_at = max(self._ends_at, -1.0)
-            self._ends_at = kernels.roll(self.packed, self.inst(now), self._rows, len(self._ids), ends_at, now)
-            self._touch()
+        inst, count = self._inst, len(self._ids)
+        inst[I_ROLLED] = now
+        if count:
+            inst[I_ENDS] = kernels.roll(self.packed, inst, self._rows, count, max(inst.item(I_ENDS), -1.0), now)
+            inst[I_GAUGED] = -1.0
 
     def inst(self, now: float) -> Vector:
         """The instance as the kernels see it."""
         inst = self._inst
-        inst[I_PACE] = self.pace_s
-        inst[I_SCALE] = self.scale
-        inst[I_FREE] = max(self._ends_at, now) if self._settings.wait_time and self._ids else now
+        inst[I_FREE] = max(inst.item(I_ENDS), now) if self._settings.wait_time and self._ids else now
         return inst
 
     @property
     def scale(self) -> float:
         """What believed iteration times are multiplied by: the correction and its safety margin."""
-        if not self._settings.correction:
-            return 1.0
-        # Deadlines sum many iterations, whose errors partly cancel: a tenth of the single spread remains at 100.
-        return self.correction.ratio * (1.0 + self._settings.safety_sigma * 0.1 * self.correction.spread)
+        return self._inst.item(I_SCALE)
 
     @property
     def rows(self) -> Matrix:
@@ -365,20 +434,26 @@ class Books:
         """The residents, in the order of `rows`."""
         return self._ids
 
+    @property
+    def numbers(self) -> tuple[Vector, Matrix, Matrix]:
+        """The slot as `kernels.ask` takes it: the instance, all rows, the gauge."""
+        return self._inst, self._rows, self._gauge
+
     def gauge(self) -> Matrix:
         """Expected batch and KV over `lengths.GRID` (rows `kernels.G_*`)."""
-        table = self._lengths.table
-        if self._gauged_with is not table:
-            kernels.gauge(self._rows, len(self._ids), table, EDGES, GRID, self._gauge)
-            self._peak_s = kernels.peak_s(self.packed, self._gauge, len(GRID), self.scale)
-            self._gauged_with = table
+        lengths, inst = self._lengths, self._inst
+        if inst[I_GAUGED] != lengths.version:
+            rolled = inst.item(I_ROLLED)
+            kernels.renew(
+                self.packed, inst, self._rows, self._gauge, lengths.table, EDGES, GRID, lengths.version, rolled
+            )
         return self._gauge
 
     @property
     def peak_s(self) -> float:
         """The longest pure-decode iteration that is coming."""
         self.gauge()
-        return self._peak_s
+        return self._inst.item(I_PEAK)
 
     @property
     def load(self) -> float:
@@ -397,8 +472,14 @@ class Books:
 class Fleet:
     """All instances by id, in the order they joined."""
 
-    def __init__(self) -> None:
+    def __init__(self, tiers: Sequence[TierName] = ()) -> None:
         self.books: dict[InstanceId, Books] = {}
+        self.arena = Arena(len(GRID))
+        self._codes: dict[TierName | None, float] = {None: POOL}
+        for name in tiers:
+            self.code(name)
+        self._ready: list[Books] | None = None
+        self._of_tier: dict[TierName | None, list[Books]] = {}
 
     def __iter__(self) -> Iterator[Books]:
         return iter(self.books.values())
@@ -409,13 +490,48 @@ class Fleet:
     def get(self, instance: InstanceId) -> Books | None:
         return self.books.get(instance)
 
+    def add(self, books: Books) -> None:
+        """Take an instance in, instead of one of the same name."""
+        self.remove(books.id)
+        self.books[books.id] = books
+        books.move_in(self)
+        self._rank()
+
+    def remove(self, instance: InstanceId) -> Books | None:
+        """Forget an instance; None when it is not one of the fleet's."""
+        books = self.books.pop(instance, None)
+        if books is not None:
+            books.move_out()
+            self.changed()
+            self._rank()
+        return books
+
+    def _rank(self) -> None:
+        """Number the instances by name: what decides between equals."""
+        for rank, name in enumerate(sorted(self.books)):
+            self.arena.insts[self.books[name].slot, I_RANK] = rank
+
+    def code(self, tier: TierName | None) -> float:
+        """What stands for a tier in the arena's numbers."""
+        return self._codes.setdefault(tier, float(len(self._codes) - 1))
+
+    def changed(self) -> None:
+        """An instance has changed tier or state: lists are made anew when next asked for."""
+        self._ready = None
+
     def ready(self) -> list[Books]:
-        """Instances that take requests."""
-        return [b for b in self.books.values() if b.state is State.READY]
+        """Instances that take requests; the list is not to be changed."""
+        if self._ready is None:
+            self._ready = [b for b in self.books.values() if b.state is State.READY]
+            self._of_tier = {}
+            for books in self._ready:
+                self._of_tier.setdefault(books.tier, []).append(books)
+        return self._ready
 
     def of_tier(self, tier: TierName | None) -> list[Books]:
-        """Ready instances that serve a tier; None: the pool."""
-        return [b for b in self.books.values() if b.state is State.READY and b.tier == tier]
+        """Ready instances that serve a tier; None: the pool. The list is not to be changed."""
+        self.ready()
+        return self._of_tier.get(tier, [])
 
     def starting(self) -> list[Books]:
         return [b for b in self.books.values() if b.state is State.STARTING]

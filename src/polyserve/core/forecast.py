@@ -17,25 +17,31 @@ The arithmetic is `kernels.forecast`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from polyserve.core import kernels
-from polyserve.core.fleet import Books, Job
+from polyserve.core.fleet import Books, Fleet, Job
 from polyserve.core.kernels import (
     F_COLUMNS,
     G_ROWS,
-    I_KV,
-    I_PACE,
+    I_COUNT,
+    I_GAUGED,
+    TEST_MEMORY,
+    TEST_PACE,
+    TEST_PREFILL,
+    TEST_TOKEN1,
     Matrix,
     Vector,
 )
 from polyserve.core.lengths import EDGES, GRID, LengthModel
 from polyserve.core.profile import Limits, Profile
 from polyserve.core.settings import Settings
-from polyserve.core.types import Instance, Request, RequestId
+from polyserve.core.types import Instance, Request, RequestId, TierName
 
 Cause = str  # name of a test
 
@@ -97,19 +103,34 @@ def compile_kernels() -> None:
     limits = Limits(kv_tokens=1000, max_num_seqs=2, max_num_batched_tokens=64)
     profile = Profile("", (0.0, 1.0), (0.0, 1.0), 0.0, 0.0, 0.0, limits)
     lengths = LengthModel(0, 16)
-    books = Books(Instance("", ""), profile, Settings(), lengths)
+    books, fleet = Books(Instance("", ""), profile, Settings(), lengths), Fleet()
+    fleet.add(books)
     for at in range(2):
         books.add(Job(Request(str(at), 0.0, 8, None), None, None, 8), float(at))
-    Forecaster(Settings(), lengths).of(Job(Request("", 0.0, 8, None), None, None, 8), books, 9.0, pace_s=1.0)
+    forecaster, job = Forecaster(Settings(), lengths), Job(Request("", 0.0, 8, None), None, None, 8)
+    forecaster.of(job, books, 9.0, pace_s=1.0)
+    forecaster.walk(job, fleet, 9.0, [(None, 0.0)], pace_s=1.0)
 
 
 class Forecaster:
-    """Asks `kernels.forecast` under the switches of the settings."""
+    """Asks `kernels.ask` of one instance, or `kernels.walk` of many, under the switches of the settings."""
 
     def __init__(self, settings: Settings, lengths: LengthModel):
         self._settings = settings
         self._lengths = lengths
-        self._out: Vector = np.zeros(F_COLUMNS)
+        self._out: Matrix = np.zeros((1, F_COLUMNS))
+        self._tried: NDArray[np.int64] = np.zeros(1, np.int64)
+        self._nobody: NDArray[np.bool_] = np.zeros(1, np.bool_)
+        self._tests = sum(
+            bit
+            for bit, made in (
+                (TEST_MEMORY, settings.test_memory),
+                (TEST_PACE, settings.test_pace),
+                (TEST_PREFILL, settings.test_prefill),
+                (TEST_TOKEN1, settings.test_token1),
+            )
+            if made
+        )
         self.asked = 0
 
     def of(
@@ -129,44 +150,66 @@ class Forecaster:
         `waive`: the job's own deadline no longer counts. `without`: as if these residents had left.
         `whole`: compute every margin even after one has decided.
         """
-        settings = self._settings
+        settings, lengths = self._settings, self._lengths
         self.asked += 1
-        books.roll(now)
-        rows, count, gauged = books.rows, len(books.ids), books.gauge()
-        if without:
-            rows, gauged = self._rest(books, without)
-            count = len(rows)
-        inst = books.inst(now)
-        inst[I_PACE] = pace_s * (1.0 - reserve)
         best_effort = job.slo is None
-        if best_effort:
-            inst[I_KV] = books.kv_tokens * (1.0 - settings.best_effort_headroom)
-        row = books.row(job, now)
-        kernels.forecast(
-            books.packed, inst, rows, count, gauged, self._lengths.table, EDGES, GRID, row,
-            settings.predict_chunks, waive or best_effort, whole, now, self._out,
+        inst, rows, gauged = books.numbers
+        if without:
+            books.roll(now)
+            inst, rows, gauged = self._rest(books, without)
+        kv = books.kv_tokens * (1.0 - settings.best_effort_headroom) if best_effort else books.kv_tokens
+        kernels.ask(
+            books.packed, inst, rows, gauged, lengths.table, EDGES, GRID, lengths.version, job.row(),
+            pace_s * (1.0 - reserve), kv, settings.predict_chunks, self._tests, waive or best_effort, whole, now,
+            self._out[0],
         )  # fmt: skip
-        inst[I_KV] = books.kv_tokens
-        return self._switched(self._out)
+        return Forecast(*self._out[0].tolist())
 
-    def _switched(self, out: Vector) -> Forecast:
-        """The forecast with margins of tests that are switched off at inf."""
-        settings = self._settings
-        memory, seqs, pace, prefill, token1, queued, decodes, first, peak = out.tolist()
-        if not settings.test_memory:
-            memory = math.inf
-        if not settings.test_pace:
-            pace = math.inf
-        if not settings.test_prefill:
-            prefill = queued = decodes = math.inf
-        if not settings.test_token1:
-            token1 = math.inf
-        return Forecast(memory, seqs, pace, prefill, token1, queued, decodes, first, peak)
+    def walk(
+        self,
+        job: Job,
+        fleet: Fleet,
+        now: float,
+        hosts: Sequence[tuple[TierName | None, float]],
+        *,
+        pace_s: float,
+        least_first: bool = False,
+        waive: bool = False,
+        whole: bool = False,
+    ) -> tuple[Books | None, list[tuple[Books, Forecast]]]:
+        """The first instance of `hosts` (tiers, each with its reserve) that admits a job, and all that were asked.
 
-    def _rest(self, books: Books, without: frozenset[RequestId]) -> tuple[Matrix, Matrix]:
-        """Rows of the residents that stay, and their gauge."""
+        Within a tier the most loaded is asked first, or the least loaded. Each is asked at the tighter of its pace
+        and `pace_s`.
+        """
+        settings, lengths, arena = self._settings, self._lengths, fleet.arena
+        if len(self._tried) < arena.slots:
+            self._out, self._tried = np.zeros((arena.slots, F_COLUMNS)), np.zeros(arena.slots, np.int64)
+            self._nobody = np.zeros(arena.slots, np.bool_)
+        skip = self._nobody
+        if job.avoid:
+            skip = np.zeros(arena.slots, np.bool_)
+            skip[[b.slot for b in fleet if b.id in job.avoid]] = True
+        codes = np.array([fleet.code(tier) for tier, _ in hosts])
+        reserves = np.array([reserve for _, reserve in hosts])
+        admits, asked = kernels.walk(
+            arena.profiles, arena.insts, arena.rows, arena.gauges, lengths.table, EDGES, GRID, lengths.version,
+            skip, codes, reserves, pace_s, job.row(), least_first, settings.predict_chunks, self._tests, waive,
+            whole, now, self._tried, self._out,
+        )  # fmt: skip
+        self.asked += asked
+        first = 0 if whole else asked - 1 if admits else asked
+        answers = []
+        for at in range(first, asked):
+            books = arena.tenants[self._tried[at]]
+            assert isinstance(books, Books)
+            answers.append((books, Forecast(*self._out[at].tolist())))
+        return answers[-1][0] if admits else None, answers
+
+    def _rest(self, books: Books, without: frozenset[RequestId]) -> tuple[Vector, Matrix, Matrix]:
+        """The instance's numbers as if some residents had left."""
         stay = [at for at, request in enumerate(books.ids) if request not in without]
         rows = np.ascontiguousarray(books.rows[stay])
-        gauged = np.zeros((G_ROWS, len(GRID)))
-        kernels.gauge(rows, len(rows), self._lengths.table, EDGES, GRID, gauged)
-        return rows, gauged
+        inst = books.numbers[0].copy()
+        inst[I_COUNT], inst[I_GAUGED] = len(rows), -1.0
+        return inst, rows, np.zeros((G_ROWS, len(GRID)))

@@ -65,6 +65,37 @@ FITS, WAITS, FORCED = 0, 1, 2
 
 
 @njit(cache=True)
+def widest(
+    profile: Vector, bound: float, decodes: float, kv: float, total: int, work: float, past: float, room: int
+) -> int:  # pragma: no cover - compiled
+    """Most tokens up to `room` that one more prompt may have within `bound`, beside `total` that others have.
+
+    The law is nearly straight, so the search starts where a straight line meets the bound and gallops from there.
+    """
+    most = iteration_s(profile, total + room, decodes, kv, work + room * (past + 0.5 * room))
+    if most <= bound:
+        return room
+    least = iteration_s(profile, total, decodes, kv, work)
+    low, high, step = 0, room, 1
+    middle = int(room * (bound - least) / (most - least)) if most > least else 0
+    middle = min(max(middle, 1), room - 1)
+    rising, falling = True, True
+    while high - low > 1:
+        if iteration_s(profile, total + middle, decodes, kv, work + middle * (past + 0.5 * middle)) <= bound:
+            low, falling = middle, False
+        else:
+            high, rising = middle, False
+        if rising:
+            middle = min(low + step, high - 1)
+        elif falling:
+            middle = max(high - step, low + 1)
+        else:
+            middle = (low + high) >> 1
+        step *= 4
+    return low
+
+
+@njit(cache=True)
 def fit_chunks(
     profile: Vector,
     bound: float,
@@ -84,19 +115,11 @@ def fit_chunks(
         out[i] = 0.0
     total, work = 0, 0.0
     for i in range(count):
-        room = min(int(remaining[i]), budget - total)
-        if room <= 0:
+        chunk = min(int(remaining[i]), budget - total)
+        if chunk <= 0:
             break
-        low, high = 0, room
         if not np.isinf(bound):
-            while low < high:
-                middle = (low + high + 1) >> 1
-                attention = work + middle * (past[i] + 0.5 * middle)
-                if iteration_s(profile, total + middle, decodes, kv, attention) <= bound:
-                    low = middle
-                else:
-                    high = middle - 1
-        chunk = high
+            chunk = widest(profile, bound, decodes, kv, total, work, past[i], chunk)
         if chunk <= 0:
             break
         out[i] = chunk
@@ -170,12 +193,19 @@ def plan_prefill(
 R_PROMPT, R_LEFT, R_MADE, R_CAP, R_BAND, R_DUE, R_TPOT, R_KEY, R_BASE, R_SEEN, R_FROM, R_RUN, R_SOLO, R_COLUMNS = range(
     14
 )
-# One instance, as the forecast sees it.
+# One instance, as the forecast sees it; then how far its books are: ENDS when the running iteration does (below 0: none
+# runs), ROLLED the time they stand at, GAUGED the version of the length table that the gauge was made with (below 0: it
+# is to be made again), PEAK of it in seconds, and its point; COUNT residents; TIER by index, or POOL or AWAY; RANK
+# among all names; PROFILE its row in the arena; WAITS whether the running iteration is charged; FCFS its order.
 (
-    I_KIND, I_TOKENS, I_SPEND, I_FLOOR, I_PACE, I_KV, I_SEQS, I_BLOCK, I_SCALE, I_FREE, I_SIGMA, I_MARGIN, I_COLUMNS,
-) = range(13)  # fmt: skip
+    I_KIND, I_TOKENS, I_SPEND, I_FLOOR, I_PACE, I_KV, I_SEQS, I_BLOCK, I_SCALE, I_FREE, I_SIGMA, I_MARGIN,
+    I_ENDS, I_ROLLED, I_GAUGED, I_PEAK, I_POINT, I_COUNT, I_TIER, I_RANK, I_PROFILE, I_WAITS, I_FCFS, I_COLUMNS,
+) = range(24)  # fmt: skip
+POOL, AWAY = -1.0, -2.0  # ready without a tier; starting or draining
 # The rows of a gauge, each over the grid of future iterations. MOST is the KV if nobody ends before its cap.
 G_BATCH, G_KV, G_VARIANCE, G_MOST, G_DECODES, G_DECODE_KV, G_ROWS = range(7)
+# Which tests a forecast makes, as bits.
+TEST_MEMORY, TEST_PACE, TEST_PREFILL, TEST_TOKEN1, ALL_TESTS = 1, 2, 4, 8, 15
 # The answer of a forecast.
 F_MEMORY, F_SEQS, F_PACE, F_PREFILL, F_TOKEN1, F_QUEUED, F_DECODES, F_FIRST, F_PEAK, F_COLUMNS = range(10)
 
@@ -222,26 +252,28 @@ def gauge(
     rows: Matrix, count: int, table: NDArray[np.float64], edges: Vector, grid: Vector, out: Matrix
 ) -> None:  # pragma: no cover - compiled
     """Expected batch and KV over the grid of future iterations; the plain twin is `plain.gauge`."""
+    points = grid.shape[0]
     out[:, :] = 0.0
+    batch, kv, variance, most = out[G_BATCH], out[G_KV], out[G_VARIANCE], out[G_MOST]
+    decodes, decode_kv = out[G_DECODES], out[G_DECODE_KV]
     for i in range(count):
-        row = rows[i]
-        context = row[R_PROMPT] + row[R_MADE]
-        decoding = row[R_LEFT] <= 0.0
-        alive = table[int(row[R_BAND]), bin_of(edges, row[R_MADE])]
-        more = row[R_CAP] - row[R_MADE]
-        for p in range(grid.shape[0]):
-            h = grid[p]
-            share = alive[p] if h < more else 0.0
-            if share <= 0.0:
-                break
-            held = context + h
-            out[G_BATCH, p] += share
-            out[G_KV, p] += share * held
-            out[G_VARIANCE, p] += share * (1.0 - share) * held * held
-            out[G_MOST, p] += held
-            if decoding:
-                out[G_DECODES, p] += share
-                out[G_DECODE_KV, p] += share * held
+        made = rows[i, R_MADE]
+        context = rows[i, R_PROMPT] + made
+        alive = table[int(rows[i, R_BAND]), bin_of(edges, made)]
+        more = rows[i, R_CAP] - made
+        reach = 0
+        while reach < points and grid[reach] < more and alive[reach] > 0.0:
+            reach += 1
+        if rows[i, R_LEFT] <= 0.0:
+            for p in range(reach):
+                decodes[p] += alive[p]
+                decode_kv[p] += alive[p] * (context + grid[p])
+        for p in range(reach):
+            share, held = alive[p], context + grid[p]
+            batch[p] += share
+            kv[p] += share * held
+            variance[p] += share * (1.0 - share) * held * held
+            most[p] += held
 
 
 @njit(cache=True)
@@ -257,13 +289,17 @@ def at_iteration(line: Vector, grid: Vector, h: float) -> float:  # pragma: no c
 
 
 @njit(cache=True)
-def peak_s(profile: Vector, gauged: Matrix, points: int, scale: float) -> float:  # pragma: no cover - compiled
-    """The longest pure-decode iteration over the grid; the plain twin is `plain.peak_s`."""
-    peak = 0.0
+def peak_s(
+    profile: Vector, gauged: Matrix, points: int, scale: float
+) -> tuple[float, int]:  # pragma: no cover - compiled
+    """The longest pure-decode iteration over the grid, and at which point; the plain twin is `plain.peak_s`."""
+    peak, at = 0.0, 0
     for p in range(points):
         if gauged[G_BATCH, p] > 0.0:
-            peak = max(peak, iteration_s(profile, 0.0, gauged[G_BATCH, p], gauged[G_KV, p], 0.0))
-    return peak * scale
+            seconds = iteration_s(profile, 0.0, gauged[G_BATCH, p], gauged[G_KV, p], 0.0)
+            if seconds > peak:
+                peak, at = seconds, p
+    return peak * scale, at
 
 
 LONGEST_RUN = 512  # iterations a queue is followed: beyond, everybody in it counts as late
@@ -421,6 +457,7 @@ def forecast(
     grid: Vector,
     candidate: Vector,
     grow: bool,
+    tests: int,
     waive: bool,
     whole: bool,
     now: float,
@@ -428,8 +465,8 @@ def forecast(
 ) -> None:  # pragma: no cover - compiled
     """Every margin of one candidate on one instance; the plain twin is `plain.forecast`.
 
-    Stops at the first margin below 0 unless `whole`; margins not looked at are nan. `waive`: the candidate's own
-    deadline no longer counts.
+    Stops at the first margin below 0 unless `whole`; margins not looked at are nan, those of tests that are not made
+    inf. `waive`: the candidate's own deadline no longer counts.
     """
     out[:] = np.nan
     points = grid.shape[0]
@@ -447,14 +484,15 @@ def forecast(
         memory = min(memory, inst[I_KV] - needed - 0.5 * inst[I_BLOCK] * batch)
         peak = max(peak, iteration_s(profile, 0.0, batch, kv, 0.0))
     peak *= inst[I_SCALE]
-    out[F_MEMORY], out[F_SEQS] = memory, inst[I_SEQS] - count - 1
-    out[F_PACE], out[F_PEAK] = inst[I_PACE] - peak, peak
-    if not whole and (memory < 0.0 or out[F_SEQS] < 0.0 or out[F_PACE] < 0.0):
+    out[F_MEMORY] = memory if tests & TEST_MEMORY else np.inf
+    out[F_PACE] = inst[I_PACE] - peak if tests & TEST_PACE else np.inf
+    out[F_SEQS], out[F_PEAK] = inst[I_SEQS] - count - 1, peak
+    if not whole and (out[F_MEMORY] < 0.0 or out[F_SEQS] < 0.0 or out[F_PACE] < 0.0):
         return
     due, tpot = candidate[R_DUE], candidate[R_TPOT]
     finish = np.empty(count + 1)
     until = np.inf
-    if not waive and not whole:
+    if tests & TEST_PREFILL and not waive and not whole:
         until = due
     first, second, slack = run_queue(
         profile, inst, rows, count, gauged, grid, candidate, True, grow, now, until, finish
@@ -462,9 +500,14 @@ def forecast(
     out[F_FIRST] = first
     # Finishing times are means: whoever is promised the last moment is late every other time.
     margin = inst[I_MARGIN]
-    out[F_PREFILL] = np.inf if waive else left_s(candidate, due, first, now, margin)
-    out[F_TOKEN1] = np.inf if waive or np.isinf(due) else left_s(candidate, due + tpot, second, now, margin)
+    prefill, token1 = tests & TEST_PREFILL, tests & TEST_TOKEN1
+    out[F_PREFILL] = left_s(candidate, due, first, now, margin) if prefill and not waive else np.inf
+    out[F_TOKEN1] = np.inf
+    if token1 and not waive and not np.isinf(due):
+        out[F_TOKEN1] = left_s(candidate, due + tpot, second, now, margin)
     out[F_QUEUED], out[F_DECODES] = np.inf, np.inf
+    if not prefill:
+        return
     if not whole and (out[F_PREFILL] < 0.0 or out[F_TOKEN1] < 0.0):
         return
     for i in range(count):
@@ -547,3 +590,149 @@ def roll(
         for i in range(waiting):
             rows[order[i], R_LEFT] = max(1.0, remaining[i] - chunks[i])
         turns += 1
+
+
+@njit(cache=True)
+def renew(
+    profile: Vector,
+    inst: Vector,
+    rows: Matrix,
+    gauged: Matrix,
+    table: NDArray[np.float64],
+    edges: Vector,
+    grid: Vector,
+    version: float,
+    now: float,
+) -> None:  # pragma: no cover - compiled
+    """Bring one instance's books to `now`: rows, gauge, peak, and when it is free; the plain twin is `plain.renew`."""
+    count = int(inst[I_COUNT])
+    if now > inst[I_ROLLED]:
+        inst[I_ROLLED] = now
+        if count > 0 and inst[I_ENDS] <= now:
+            inst[I_ENDS] = roll(profile, inst, rows, count, max(inst[I_ENDS], -1.0), now)
+            inst[I_GAUGED] = -1.0
+    if inst[I_GAUGED] != version:
+        gauge(rows, count, table, edges, grid, gauged)
+        inst[I_PEAK], inst[I_POINT] = peak_s(profile, gauged, grid.shape[0], inst[I_SCALE])
+        inst[I_GAUGED] = version
+    inst[I_FREE] = max(inst[I_ENDS], now) if inst[I_WAITS] > 0.0 and count > 0 else now
+
+
+@njit(cache=True)
+def ask(
+    profile: Vector,
+    inst: Vector,
+    rows: Matrix,
+    gauged: Matrix,
+    table: NDArray[np.float64],
+    edges: Vector,
+    grid: Vector,
+    version: float,
+    candidate: Vector,
+    pace: float,
+    kv: float,
+    grow: bool,
+    tests: int,
+    waive: bool,
+    whole: bool,
+    now: float,
+    out: Vector,
+) -> None:  # pragma: no cover - compiled
+    """`forecast` on an instance whose books are brought to `now` first, as if it had that pace and KV."""
+    renew(profile, inst, rows, gauged, table, edges, grid, version, now)
+    own_pace, own_kv = inst[I_PACE], inst[I_KV]
+    inst[I_PACE], inst[I_KV] = pace, kv
+    candidate[R_KEY] = now if inst[I_FCFS] > 0.0 else candidate[R_DUE]
+    count = int(inst[I_COUNT])
+    forecast(profile, inst, rows, count, gauged, table, edges, grid, candidate, grow, tests, waive, whole, now, out)
+    inst[I_PACE], inst[I_KV] = own_pace, own_kv
+
+
+@njit(cache=True)
+def refused(out: Vector) -> bool:  # pragma: no cover - compiled
+    """Whether any margin of a forecast is below 0."""
+    worst = 0.0
+    for column in range(F_FIRST):
+        if out[column] < worst:  # never of a nan
+            worst = out[column]
+    return worst < 0.0
+
+
+@njit(cache=True)
+def load_of(inst: Vector) -> float:  # pragma: no cover - compiled
+    """Peak forecast iteration over pace, or alone where there is no pace; 0 of an empty instance."""
+    if inst[I_COUNT] == 0.0:
+        return 0.0
+    return float(inst[I_PEAK] / inst[I_PACE]) if inst[I_PACE] < np.inf else float(inst[I_PEAK])
+
+
+@njit(cache=True)
+def walk(
+    profiles: Matrix,
+    insts: Matrix,
+    rows: NDArray[np.float64],
+    gauges: NDArray[np.float64],
+    table: NDArray[np.float64],
+    edges: Vector,
+    grid: Vector,
+    version: float,
+    skip: NDArray[np.bool_],
+    tiers: Vector,
+    reserves: Vector,
+    pace: float,
+    candidate: Vector,
+    least_first: bool,
+    grow: bool,
+    tests: int,
+    waive: bool,
+    whole: bool,
+    now: float,
+    tried: NDArray[np.int64],
+    out: Matrix,
+) -> tuple[bool, int]:  # pragma: no cover - compiled
+    """Ask the instances of one tier after another, by load, until one admits the candidate.
+
+    An instance is asked at the tighter of its pace and `pace`, less its tier's share `reserves`. Returns whether one
+    admits, and how many were asked: `tried` has their slots, `out` their margins; the last asked is the one. Those that
+    the pace refuses at the very peak are passed over unless `whole`. The plain twin is `plain.walk`.
+    """
+    order = np.empty(insts.shape[0], np.int64)
+    keys = np.empty(insts.shape[0])
+    alive = table[int(candidate[R_BAND]), bin_of(edges, candidate[R_MADE])]
+    asked = 0
+    for t in range(tiers.shape[0]):
+        count = 0
+        for i in range(insts.shape[0]):
+            inst = insts[i]
+            if inst[I_TIER] != tiers[t] or skip[i]:
+                continue
+            profile = profiles[int(inst[I_PROFILE])]
+            renew(profile, inst, rows[i], gauges[i], table, edges, grid, version, now)
+            if not whole and tests & TEST_PACE:
+                p = int(inst[I_POINT])
+                share = alive[p] if candidate[R_MADE] + grid[p] < candidate[R_CAP] else 0.0
+                held = candidate[R_PROMPT] + candidate[R_MADE] + grid[p]
+                batch, kv = gauges[i, G_BATCH, p] + share, gauges[i, G_KV, p] + share * held
+                bound = min(inst[I_PACE], pace) * (1.0 - reserves[t])
+                if iteration_s(profile, 0.0, batch, kv, 0.0) * inst[I_SCALE] > bound:
+                    continue
+            key = load_of(inst) if least_first else -load_of(inst)
+            j = count - 1
+            while j >= 0 and (keys[j] > key or (keys[j] == key and insts[order[j], I_RANK] > inst[I_RANK])):
+                keys[j + 1], order[j + 1] = keys[j], order[j]
+                j -= 1
+            keys[j + 1], order[j + 1] = key, i
+            count += 1
+        for j in range(count):
+            i = order[j]
+            inst = insts[i]
+            bound = min(inst[I_PACE], pace) * (1.0 - reserves[t])
+            ask(
+                profiles[int(inst[I_PROFILE])], inst, rows[i], gauges[i], table, edges, grid, version, candidate,
+                bound, inst[I_KV], grow, tests, waive, whole, now, out[asked],
+            )  # fmt: skip
+            tried[asked] = i
+            asked += 1
+            if not refused(out[asked - 1]):
+                return True, asked
+    return False, asked

@@ -6,6 +6,7 @@ Nothing in the product calls these: they are for tests, and for whoever wants to
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -271,6 +272,11 @@ class Margins:
     first_at: float
     peak: float
 
+    @property
+    def admit(self) -> bool:
+        margins = (self.memory, self.seqs, self.pace, self.prefill, self.token1, self.queued, self.decodes)
+        return all(margin >= 0.0 for margin in margins)
+
 
 def forecast(
     profile: Profile,
@@ -378,3 +384,62 @@ def roll(profile: Profile, station: Station, residents: Sequence[Resident], ends
         for resident, chunk in zip(queue, chunks, strict=True):
             resident.left = max(1.0, resident.left - chunk)
     return max(ends_at, now)
+
+
+@dataclass(eq=False, slots=True)
+class Place:
+    """One instance of a fleet: what it holds, and where the ladder finds it."""
+
+    profile: Profile
+    station: Station
+    residents: list[Resident]
+    tier: float
+    rank: float  # decides between equally loaded ones
+    ends_at: float  # of the running iteration; below 0: none runs
+
+
+def walk(
+    places: Sequence[Place],
+    table: Table,
+    edges: Sequence[float],
+    grid: Sequence[float],
+    hosts: Sequence[tuple[float, float]],
+    pace: float,
+    candidate: Resident,
+    *,
+    least_first: bool,
+    grow: bool,
+    waive: bool,
+    now: float,
+) -> list[tuple[Place, Margins]]:
+    """Everybody asked, tier by tier by load, up to the one that admits; `hosts`: tiers, each with a reserve."""
+    asked: list[tuple[Place, Margins]] = []
+    for tier, reserve in hosts:
+        able = [place for place in places if place.tier == tier]
+        for place in able:
+            renew(place, now)
+        sign = 1.0 if least_first else -1.0
+        for place in sorted(able, key=lambda p: (sign * load(p, table, edges, grid), p.rank)):
+            bound = min(place.station.pace, pace) * (1.0 - reserve)
+            station = dataclasses.replace(place.station, pace=bound)
+            margins = forecast(
+                place.profile, station, place.residents, table, edges, grid, candidate, grow=grow, waive=waive, now=now
+            )
+            asked.append((place, margins))
+            if margins.admit:
+                return asked
+    return asked
+
+
+def renew(place: Place, now: float) -> None:
+    """Bring an instance's residents to `now`, and with them when it is free."""
+    if place.residents and place.ends_at <= now:
+        place.ends_at = roll(place.profile, place.station, place.residents, place.ends_at, now)
+    free = max(place.ends_at, now) if place.residents else now
+    place.station = dataclasses.replace(place.station, free=free)
+
+
+def load(place: Place, table: Table, edges: Sequence[float], grid: Sequence[float]) -> float:
+    """Peak forecast iteration over pace, or alone where there is no pace."""
+    peak = peak_s(place.profile, gauge(place.residents, table, edges, grid), place.station.scale)
+    return peak / place.station.pace if math.isfinite(place.station.pace) else peak

@@ -9,7 +9,7 @@ appears on an instance, waiting requests are tried there: the instance's own tie
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,6 +76,7 @@ class Ladder:
         self._demand = demand
         self.considered: list[Refusal] = []
         self._spread = settings.placement == "spread"
+        self._hosts_of = {tier.name: self._hosts(tier) for tier in tiers}
 
     # --------------------------------------------------------------------------------------------- one request
 
@@ -84,47 +85,49 @@ class Ladder:
         if job.tier is None:
             return self._place_best_effort(now, job)
         tier = self._tiers[self._rank[job.tier]]
-        own = self._own(job, tier)
-        guests = self._hosts(tier)
-        order = (guests, own) if self._settings.promotion == "eager" else (own, guests)
-        for candidates in order:
-            for books in candidates:
-                if placement := self._try(now, job, tier, books):
-                    return placement
+        if placement := self._join(now, job, tier, self._hosts_of[tier.name]):
+            return placement
         return self._take(now, job, tier) or self._slow_down(now, job, tier) or self._evict(now, job, tier)
 
     def pace_s(self, books: Books) -> float:
         """The tightest of its tier's pace and its residents'."""
-        paces = [self._tiers[self._rank[job.tier]].tpot_s for job in books.jobs.values() if job.tier is not None]
-        if books.tier is not None:
-            paces.append(self._tiers[self._rank[books.tier]].tpot_s)
-        return min(paces, default=self._tiers[-1].tpot_s)
+        for tier in self._tiers:  # tightest first
+            if tier.name == books.tier or books.by_tier.get(tier.name):
+                return tier.tpot_s
+        return self._tiers[-1].tpot_s
 
-    def _own(self, job: Job, tier: Tier) -> Iterable[Books]:
-        return self._by_load(b for b in self._fleet.of_tier(tier.name) if b.id not in job.avoid)
-
-    def _hosts(self, tier: Tier) -> Iterator[Books]:
-        """Instances of tighter tiers, where a request of `tier` would be a guest."""
+    def _hosts(self, tier: Tier) -> list[tuple[TierName, float]]:
+        """The tiers whose instances a request joins, in order, each with the reserve that it leaves there."""
+        own = [(tier.name, 0.0)]
         if self._settings.promotion == "off":
-            return
+            return own
         tighter = self._tiers[: self._rank[tier.name]]
         if self._settings.promotion_order == "nearest":
             tighter = tighter[::-1]
-        for host in tighter:
-            yield from self._by_load(self._fleet.of_tier(host.name))
+        guests = [(host.name, self._settings.guest_reserve) for host in tighter]
+        return [*guests, *own] if self._settings.promotion == "eager" else [*own, *guests]
+
+    def _join(self, now: float, job: Job, tier: Tier, hosts: Sequence[tuple[TierName, float]]) -> Placement | None:
+        """A place beside others, on the first instance of those tiers that admits."""
+        explain = self._settings.explain
+        books, answers = self._forecaster.walk(
+            job,
+            self._fleet,
+            now,
+            hosts,
+            pace_s=tier.tpot_s,
+            least_first=self._spread,
+            waive=self._waived(now, job),
+            whole=explain,
+        )
+        if explain:
+            refusals = answers if books is None else answers[:-1]
+            self.considered += [Refusal(b.id, b.tier, b.load, forecast) for b, forecast in refusals]
+        return Placement(job, books, answers[-1][1]) if books is not None else None
 
     def _by_load(self, instances: Iterable[Books]) -> list[Books]:
         sign = 1.0 if self._spread else -1.0
         return sorted(instances, key=lambda b: (sign * b.load, b.id))
-
-    def _try(self, now: float, job: Job, tier: Tier, books: Books) -> Placement | None:
-        if books.id in job.avoid:
-            return None
-        forecast = self._forecast(now, job, tier, books)
-        if forecast.admits:
-            return Placement(job, books, forecast)
-        self.considered.append(Refusal(books.id, books.tier, books.load, forecast))
-        return None
 
     def _forecast(
         self, now: float, job: Job, tier: Tier, books: Books, without: frozenset[RequestId] = frozenset()
@@ -198,11 +201,8 @@ class Ladder:
         """Tight on loose: a looser tier's instance that can take over the tighter pace."""
         if not self._settings.tight_on_loose:
             return None
-        for host in self._tiers[self._rank[tier.name] + 1 :]:
-            for books in self._by_load(self._fleet.of_tier(host.name)):
-                if placement := self._try(now, job, tier, books):
-                    return placement
-        return None
+        looser = [(host.name, 0.0) for host in self._tiers[self._rank[tier.name] + 1 :]]
+        return self._join(now, job, tier, looser) if looser else None
 
     # ---------------------------------------------------------------------------------------------- best effort
 
@@ -225,11 +225,11 @@ class Ladder:
 
     def _evict(self, now: float, job: Job, tier: Tier) -> Placement | None:
         """A place on the own tier's instances, or as a guest, once best-effort residents have left it."""
-        for books in (*self._own(job, tier), *self._hosts(tier)):
-            if books.id in job.avoid or all(j.slo for j in books.jobs.values()):
-                continue
-            if placement := self._cleared(now, job, tier, books, takes=False):
-                return placement
+        for host, _ in self._hosts_of[tier.name]:
+            able = [b for b in self._fleet.of_tier(host) if b.by_tier.get(None) and b.id not in job.avoid]
+            for books in self._by_load(able):
+                if placement := self._cleared(now, job, tier, books, takes=False):
+                    return placement
         return None
 
     def _cleared(self, now: float, job: Job, tier: Tier, books: Books, *, takes: bool) -> Placement | None:
