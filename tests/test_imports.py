@@ -31,6 +31,7 @@ FLOORS = (
 # Inside core each file uses only those before it.
 CORE = (
     ("types", "settings", "kernels"),
+    ("arena", "correction"),
     ("profile",),
     ("chunking",),
     ("plain", "bound", "lengths"),
