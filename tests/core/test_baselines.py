@@ -249,7 +249,7 @@ def test_single_slo_packs_within_the_tightest_pace_whoever_asks() -> None:
         crew.instance(name, "loose", residents, FIXED)
     assert chosen("single-slo", crew, 1, tier="loose") == ["some"]
     for name in ("few", "some"):
-        del crew.fleet.books[name]
+        crew.fleet.remove(name)
     assert chosen("single-slo", crew, 1, tier="loose") == [None]
 
 

@@ -287,8 +287,7 @@ class LeastHeadroom(OnePool):
     def _tpot_s(self, job: Job, books: Books) -> float:
         """The tighter of the request's pace and the tightest resident's."""
         assert job.slo is not None
-        there = {resident.tier for resident in books.jobs.values()}
-        paces = (tier.tpot_s for tier in self._given.tiers if tier.name in there)  # tightest first
+        paces = (tier.tpot_s for tier in self._given.tiers if books.by_tier.get(tier.name))  # tightest first
         return min(job.slo.tpot_s, next(paces, math.inf))
 
 
