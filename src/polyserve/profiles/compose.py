@@ -18,6 +18,7 @@ from polyserve.core.profile import Limits, Profile, ProfileError
 from polyserve.profiles import store
 from polyserve.profiles.fit import Law, Shapes, fit_law
 from polyserve.profiles.kernels import BYTES, Engine, Kernels, Model, Tables, model_named, read_tables
+from polyserve.profiles.layers import LayerKernels, LayerTables
 
 KNOTS = (0, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384)
 PREFILLS = (0, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384)
@@ -60,6 +61,8 @@ class Composed:
 def kv_tokens(gpu: Mapping[str, Any], model: Model, engine: Engine) -> int:
     """Tokens of KV that fit: the engine's share of memory less weights, NCCL and activations, in whole blocks."""
     tp = engine.tensor_parallel
+    if not gpu:
+        raise ProfileError("the GPU's memory is not known: say --memory-gib or --kv-tokens")
     misc = gpu.get("misc", {})
     reserve = misc.get("other_mem", 0) + misc.get("nccl_mem", {}).get(tp, 0)
     weight_bytes = model.parameters * (1 if engine.dtype.startswith("fp8") else BYTES) / tp
@@ -70,7 +73,7 @@ def kv_tokens(gpu: Mapping[str, Any], model: Model, engine: Engine) -> int:
     return blocks * engine.block_size
 
 
-def shapes_of(kernels: Kernels, limits: Limits) -> Shapes:
+def shapes_of(kernels: Kernels | LayerKernels, limits: Limits) -> Shapes:
     """The composed times of a grid of batch shapes within the engine's limits."""
     grid = np.array(np.meshgrid(PREFILLS, PASTS, DECODES, CONTEXTS, indexing="ij"), float).reshape(4, -1)
     chunk, past, decodes, context = grid
@@ -84,7 +87,7 @@ def shapes_of(kernels: Kernels, limits: Limits) -> Shapes:
 
 
 def compose(
-    tables: Tables,
+    tables: Tables | LayerTables,
     model: Model,
     engine: Engine,
     name: str,
@@ -92,13 +95,14 @@ def compose(
     host_overhead_s: float = 0.0,
     host_overhead_source: str = "none known",
 ) -> Composed:
-    """The additive profile of one model on one GPU type: decode attention as if it ran alone.
+    """The profile of one model on one GPU type.
 
-    Raises `ProfileError` where the tables lack what the model needs.
+    Where the tables have prefill and decode attention apart, their sum: decode attention as if it ran alone. Raises
+    `ProfileError` where the tables lack what the model needs.
     """
-    kernels = Kernels(tables, model, engine)
+    kernels = (Kernels if isinstance(tables, Tables) else LayerKernels)(tables, model, engine)  # type: ignore[arg-type]
     limits = Limits(
-        kv_tokens=kv_tokens(tables.gpu, model, engine),
+        kv_tokens=engine.kv_tokens or kv_tokens(tables.gpu, model, engine),
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
         block_size=engine.block_size,
@@ -106,7 +110,7 @@ def compose(
     )
     shapes = shapes_of(kernels, limits)
     knots = tuple(float(x) for x in KNOTS if x <= limits.max_num_batched_tokens)
-    law = fit_law(shapes, knots)
+    law = fit_law(shapes, knots, mixed=kernels.mixed)
     profile = Profile(
         name=name,
         knots=law.knots,
@@ -115,10 +119,13 @@ def compose(
         per_kv_token_s=_rounded(law.per_kv_token_s),
         per_attention_s=_rounded(law.per_attention_s),
         limits=limits,
+        mixed_kv_factor=_rounded(law.mixed_kv_factor),
+        mixed_per_decode_s=_rounded(law.mixed_per_decode_s),
         host_overhead_s=host_overhead_s,
         kv_bytes_per_token=model.kv_bytes_per_token,
         measured_to=kernels.measured_to(),
-        notes=_notes(tables, model, engine, law, len(shapes))
+        notes=kernels.notes()
+        | _notes(engine, law, len(shapes), tables)
         | {"host_overhead": f"{host_overhead_s * 1e3:g} ms an iteration: {host_overhead_source}"},
     )
     return Composed(profile, law, shapes)
@@ -167,17 +174,23 @@ def _rounded(seconds: float) -> float:
     return float(f"{seconds:.6g}")
 
 
-def _notes(tables: Tables, model: Model, engine: Engine, law: Law, count: int) -> dict[str, str]:
+def _notes(engine: Engine, law: Law, count: int, tables: Tables | LayerTables) -> dict[str, str]:
+    measured = isinstance(tables, LayerTables)
+    memory = (
+        tables.memory
+        if isinstance(tables, LayerTables)
+        else "memory and reserves from the GPU's data sheet in the same repository"
+    )
     return {
-        "origin": f"ai-dynamo/aiconfigurator: aic-core/src/aiconfigurator_core/systems/ ({tables.origin})",
-        "licence": "Apache-2.0, Copyright (c) 2025-2026 NVIDIA CORPORATION & AFFILIATES",
-        "composition": f"{model.name}, TP {engine.tensor_parallel}, {engine.dtype}: sum over {model.layers} layers of "
-        "GEMMs, prefill and decode attention, all-reduce and elementwise traffic, plus the output head; composed, "
-        "not measured as a whole",
         "fit": f"{count} batch shapes within the limits: relative error mean {law.mean_error:.1%}, "
         f"99 % below {law.p99_error:.1%}, largest {law.max_error:.1%}",
-        "mixed": "factor 1: prefill and decode attention were measured apart and are added",
-        "kv_tokens": f"(GPU memory x {engine.memory_share:g} - weights - NCCL - 3.5 GiB for activations and CUDA "
-        "graphs) / KV bytes per token; memory and reserves from the GPU's data sheet in the same repository",
+        "mixed": f"measured: x{law.mixed_kv_factor:.3g} on the KV slope and {law.mixed_per_decode_s * 1e6:.3g} us a "
+        "decode more beside a chunk, least squares over batches of both"
+        if measured
+        else "factor 1: prefill and decode attention were measured apart and are added",
+        "kv_tokens": "as given"
+        if engine.kv_tokens
+        else f"(GPU memory x {engine.memory_share:g} - weights - NCCL - 3.5 GiB for activations and CUDA "
+        f"graphs) / KV bytes per token; {memory}",
         "context": f"{engine.context_tokens} tokens as Llama 3.1; kv_tokens may hold less",
     }

@@ -50,33 +50,44 @@ class Law:
     mean_error: float
     p99_error: float
     max_error: float
+    mixed_kv_factor: float = 1.0
+    mixed_per_decode_s: float = 0.0
 
 
-def fit_law(shapes: Shapes, knots: tuple[float, ...]) -> Law:
+def fit_law(shapes: Shapes, knots: tuple[float, ...], *, mixed: bool = False) -> Law:
     """The monotone law with those knots (rising, from 0) of least mean squared relative error.
 
-    Decodes alone, prefill alone and both together weigh the same, however many rows there are of each. Raises
+    Decodes alone, prefill alone and both together weigh the same, however many rows there are of each. `mixed`:
+    batches of both were timed as such, so what a decode costs more beside a chunk is fitted too. Raises
     `ProfileError` when there is nothing to fit.
     """
-    if len(shapes) < len(knots) + 3 or not np.all(shapes.seconds > 0):
-        raise ProfileError(f"a fit wants at least {len(knots) + 3} iterations of positive duration")
+    slopes = [shapes.decodes, shapes.kv, shapes.attention]
+    if mixed:
+        beside = shapes.prefill > 0
+        slopes += [shapes.decodes * beside, shapes.kv * beside]
+    least = len(knots) + len(slopes)
+    if len(shapes) < least or not np.all(shapes.seconds > 0):
+        raise ProfileError(f"a fit wants at least {least} iterations of positive duration")
     rises = _rises(shapes.prefill + shapes.decodes, np.asarray(knots))
-    terms = np.column_stack([rises, shapes.decodes, shapes.kv, shapes.attention]) / shapes.seconds[:, None]
+    terms = np.column_stack([rises, *slopes]) / shapes.seconds[:, None]
     scale = np.maximum(np.linalg.norm(terms, axis=0), 1e-300)
     weight = _weights(shapes)
     root = np.sqrt(weight)
     numbers = nonnegative_least_squares(terms / scale * root[:, None], root) / scale
     errors = np.abs(terms @ numbers - 1.0)
-    values = np.cumsum(numbers[:-3])
+    values, (per_decode, per_kv, per_attention, *more) = np.cumsum(numbers[: len(knots)]), numbers[len(knots) :]
+    dearer = more if mixed and per_kv > 0 else (0.0, 0.0)
     return Law(
         knots=tuple(float(x) for x in knots),
         knot_s=tuple(float(y) for y in values),
-        per_decode_s=float(numbers[-3]),
-        per_kv_token_s=float(numbers[-2]),
-        per_attention_s=float(numbers[-1]),
+        per_decode_s=float(per_decode),
+        per_kv_token_s=float(per_kv),
+        per_attention_s=float(per_attention),
         mean_error=float((errors * weight).sum()),
         p99_error=float(np.quantile(errors, 0.99)),
         max_error=float(errors.max()),
+        mixed_kv_factor=float(1 + dearer[1] / per_kv) if per_kv > 0 else 1.0,
+        mixed_per_decode_s=float(dearer[0]),
     )
 
 

@@ -54,14 +54,22 @@ class Model:
 MODELS = {
     "llama-3-8b": Model("llama-3-8b", 32, 4096, 32, 8, 14336, 128256, 8.03e9),
     "llama-3-70b": Model("llama-3-70b", 80, 8192, 64, 8, 28672, 128256, 70.55e9),
+    "mistral-7b": Model("mistral-7b", 32, 4096, 32, 8, 14336, 32768, 7.25e9),
+    "qwen2.5-72b": Model("qwen2.5-72b", 80, 8192, 64, 8, 29568, 152064, 72.7e9),
+    "qwen3-8b": Model("qwen3-8b", 36, 4096, 32, 8, 12288, 151936, 8.19e9),
+    "qwen3-32b": Model("qwen3-32b", 64, 5120, 64, 8, 25600, 151936, 32.8e9),
 }
 
 
 def model_named(name: str) -> Model:
-    """The model shape of that name; raises `ProfileError` naming those there are."""
-    if name not in MODELS:
+    """The model shape of that name; raises `ProfileError` naming those there are.
+
+    Llama 3.1 and 3.3 have the shapes of Llama 3, and an owner before the name is passed over.
+    """
+    shape = re.sub(r"^llama-3\.\d-", "llama-3-", name.lower().rpartition("/")[2]).removesuffix("-instruct")
+    if shape not in MODELS:
         raise ProfileError(f"unknown model {name!r}; there are: {', '.join(MODELS)}")
-    return MODELS[name]
+    return MODELS[shape]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,7 @@ class Engine:
     context_tokens: int = 131072
     memory_share: float = 0.9  # vLLM's gpu_memory_utilization
     dtype: str = "bfloat16"  # of the linear layers; attention and KV stay 16 bit
+    kv_tokens: int | None = None  # None: what fits into the GPU's memory
 
 
 # ---------------------------------------------------------------------------------------------------- the tables
@@ -95,7 +104,7 @@ class Tables:
     gemm: Columns
     context: Columns
     generation: Columns
-    allreduce: Columns
+    allreduce: Columns | None
     gpu: Mapping[str, Any]
     origin: str
 
@@ -108,18 +117,18 @@ def read_tables(directory: str | Path, gpu: str) -> Tables:
     """
     folder = Path(directory)
     files = {kind: _table_file(folder, gpu, kind) for kind in TABLE_COLUMNS}
-    tables = {kind: _columns(file, TABLE_COLUMNS[kind]) for kind, file in files.items()}
+    tables = {kind: columns_of(file, TABLE_COLUMNS[kind]) for kind, file in files.items()}
     return Tables(
         gemm=tables["gemm"],
         context=tables["context_attention"],
         generation=tables["generation_attention"],
         allreduce=tables["custom_allreduce"],
-        gpu=_data_sheet(folder / f"{gpu}.yaml"),
+        gpu=data_sheet(folder / f"{gpu}.yaml"),
         origin=", ".join(file.name for file in files.values()),
     )
 
 
-def _data_sheet(file: Path) -> Mapping[str, Any]:
+def data_sheet(file: Path) -> Mapping[str, Any]:
     try:
         plain = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -144,7 +153,7 @@ def _version(file: Path) -> tuple[list[int], str]:
     return [int(n) for n in re.findall(r"\d+", f"{file.parent.name}/{file.name}")], str(file)
 
 
-def _columns(file: Path, needed: tuple[str, ...]) -> Columns:
+def columns_of(file: Path, needed: tuple[str, ...]) -> Columns:
     try:
         table = pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
@@ -167,7 +176,7 @@ def _picked(table: Columns, what: str, **wanted: object) -> Columns:
     return {name: column[mask] for name, column in table.items()}
 
 
-def _line(x: Floats, xs: Floats, ys: Floats, least_slope: float = 0.0) -> Floats:
+def line(x: Floats, xs: Floats, ys: Floats, least_slope: float = 0.0) -> Floats:
     """Linear between the points, the first value before them, and on with the last slope beyond."""
     order = np.argsort(xs, kind="stable")
     xs, ys = xs[order].astype(float), ys[order].astype(float)
@@ -182,6 +191,8 @@ def _line(x: Floats, xs: Floats, ys: Floats, least_slope: float = 0.0) -> Floats
 class Kernels:
     """Seconds of each kernel of one model on one GPU, interpolated from its tables."""
 
+    mixed = False  # prefill and decode attention were timed apart
+
     def __init__(self, tables: Tables, model: Model, engine: Engine) -> None:
         self._tables, self._model, self._engine = tables, model, engine
         tp = engine.tensor_parallel
@@ -193,7 +204,11 @@ class Kernels:
         self._head = _picked(tables.gemm, "gemm", gemm_dtype="bfloat16")
         self._context = _picked(tables.context, "context attention", batch_size=1, **heads, **kind)
         self._generation = _picked(tables.generation, "generation attention", **heads, **kind)
-        self._allreduce = _picked(tables.allreduce, "all-reduce", num_gpus=tp, backend="vllm_graph") if tp > 1 else None
+        self._allreduce = None
+        if tp > 1:
+            if tables.allreduce is None:
+                raise ProfileError(f"TP {tp} wants an all-reduce table too")
+            self._allreduce = _picked(tables.allreduce, "all-reduce", num_gpus=tp, backend="vllm_graph")
 
     def linear_s(self, tokens: Floats, n: int, k: int, *, head: bool = False) -> Floats:
         """A GEMM of `tokens` rows, linear between the neighbouring n and k that were measured."""
@@ -202,7 +217,7 @@ class Kernels:
         for n_at, n_share in _corners(n, np.unique(table["n"])):
             for k_at, k_share in _corners(k, np.unique(table["k"])):
                 rows = _picked(table, "gemm", n=n_at, k=k_at)
-                total += n_share * k_share * _line(tokens, rows["m"], rows["latency"])
+                total += n_share * k_share * line(tokens, rows["m"], rows["latency"])
         return total / 1e3
 
     def prefill_attention_s(self, chunk: Floats, past: Floats) -> Floats:
@@ -213,8 +228,8 @@ class Kernels:
         reach = np.minimum(whole, longest)
         square = (np.maximum(whole, 1.0) / np.maximum(reach, 1.0)) ** 2  # beyond the table it grows as its square
         share = 1 - (past / np.maximum(whole, 1.0)) ** 2
-        behind = _line(reach, isl, latency) * square * share
-        alone = _line(np.minimum(chunk, longest), isl, latency)
+        behind = line(reach, isl, latency) * square * share
+        alone = line(np.minimum(chunk, longest), isl, latency)
         return np.where(chunk > 0, np.maximum(behind, alone), 0.0) / 1e3
 
     def decode_attention_s(self, decodes: Floats, context: Floats) -> Floats:
@@ -227,7 +242,7 @@ class Kernels:
         batches = np.unique(self._generation["batch_size"]).astype(float)
         rows = [_picked(self._generation, "generation attention", batch_size=b) for b in batches]
         times = np.stack(
-            [_line(context, r["step"] + 1.0, r["latency"], b * token_ms) for b, r in zip(batches, rows, strict=True)]
+            [line(context, r["step"] + 1.0, r["latency"], b * token_ms) for b, r in zip(batches, rows, strict=True)]
         )
         low = np.clip(np.searchsorted(batches, decodes, side="right") - 1, 0, len(batches) - 2)
         share = (decodes - batches[low]) / (batches[low + 1] - batches[low])
@@ -240,7 +255,7 @@ class Kernels:
         if self._allreduce is None:
             return np.zeros_like(tokens)
         table = self._allreduce
-        return _line(tokens * self._model.hidden, table["message_size"], table["latency"]) / 1e3
+        return line(tokens * self._model.hidden, table["message_size"], table["latency"]) / 1e3
 
     def elementwise_s(self, tokens: Floats) -> Floats:
         """Norms, residuals, rotation and activation of one layer, as memory traffic."""
@@ -274,6 +289,17 @@ class Kernels:
         table = self._generation
         kv = table["batch_size"] * (table["step"] + 1.0)
         return float(self._gemm["m"].max()), float(table["batch_size"].max()), float(kv.max())
+
+    def notes(self) -> dict[str, str]:
+        """Where the tables come from, and how they were put together."""
+        model, engine = self._model, self._engine
+        return {
+            "origin": f"ai-dynamo/aiconfigurator: aic-core/src/aiconfigurator_core/systems/ ({self._tables.origin})",
+            "licence": "Apache-2.0, Copyright (c) 2025-2026 NVIDIA CORPORATION & AFFILIATES",
+            "composition": f"{model.name}, TP {engine.tensor_parallel}, {engine.dtype}: sum over {model.layers} layers "
+            "of GEMMs, prefill and decode attention, all-reduce and elementwise traffic, plus the output head; "
+            "composed, not measured as a whole",
+        }
 
 
 def _corners(value: int, grid: NDArray[Any]) -> list[tuple[int, float]]:
