@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from polyserve.commands import profile as profile_command
+from polyserve.commands.validate import validate
+
 if TYPE_CHECKING:
     from polyserve.core.types import ChunkRule
     from polyserve.report import Facts, Score
@@ -414,6 +417,11 @@ def replay_journal(file: Annotated[Path, typer.Argument(help="A journal, .gz or 
     torn = "; the last line is cut off and was left out" if result.torn else ""
     print(f"{file}: {result.steps} steps, every decision the same{torn}")
 
+
+# ------------------------------------------------------------------------------------------- commands of their own file
+
+app.command()(validate)
+app.add_typer(profile_command.app, name="profile")
 
 # -------------------------------------------------------------------------------------------------------------- lists
 
