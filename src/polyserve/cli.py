@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from polyserve.commands import profile as profile_command
+from polyserve.commands.plan import plan
 from polyserve.commands.validate import validate
 
 if TYPE_CHECKING:
@@ -420,6 +421,7 @@ def replay_journal(file: Annotated[Path, typer.Argument(help="A journal, .gz or 
 
 # ------------------------------------------------------------------------------------------- commands of their own file
 
+app.command()(plan)
 app.command()(validate)
 app.add_typer(profile_command.app, name="profile")
 
