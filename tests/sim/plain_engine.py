@@ -22,6 +22,7 @@ class Resident:
     blocks: int = 0
     admission: int | None = None  # None: waits for a seat
     chunk: int = 0
+    relegated: bool = False
     worst_s: float = -math.inf
     first_at: float | None = None
 
@@ -47,7 +48,7 @@ class PlainEngine:
     """Exact (no jitter), its believed profile true."""
 
     def __init__(self, instance: Instance, profile: Profile, settings: Settings) -> None:
-        self.profile, self.deadline = profile, instance.order == "deadline"
+        self.profile, self.deadline, self.relegates = profile, instance.order == "deadline", settings.relegate
         self.law = chunk_law(instance, profile, settings.chunk_bound, settings.chunk_floor_tokens)
         self.block = profile.limits.block_size
         self.free = (instance.kv_tokens or profile.limits.kv_tokens) // self.block
@@ -65,7 +66,18 @@ class PlainEngine:
     def enqueue(self, resident: Resident) -> None:
         resident.target = resident.job.prompt_tokens + resident.generated
         self.queue.append(resident)
-        self.queue.sort(key=lambda r: (r.due_at if self.deadline else 0.0, r.arrival))
+        self.sort()
+
+    def sort(self) -> None:
+        self.queue.sort(key=lambda r: (r.relegated, r.due_at if self.deadline else 0.0, r.arrival))
+
+    def relegate(self, now: float, kv: int) -> None:
+        while self.queue and not (head := self.queue[0]).relegated and head.admission is None:
+            at_once = self.profile.iteration_s(head.target, len(self.decoding), kv, attention_work(head.target, 0))
+            if now + at_once <= head.due_at:
+                return
+            head.relegated = True
+            self.sort()
 
     def cancel(self, id: str) -> None:
         for residents in (self.decoding, self.queue):
@@ -124,8 +136,11 @@ class PlainEngine:
             if resident.computed % self.block == 0:
                 resident.blocks += 1
                 self.free -= 1
-        able = self.able()
         kv = sum(r.computed + 1 for r in self.decoding)
+        if self.relegates:
+            self.relegate(now, kv)
+        able = self.able()
+        head_due_at = able[0][0].due_at if able and not able[0][0].relegated else math.inf
         pace_s = min([self.pace_s, *(r.tpot_s for r in self.running())])
         chunks, verdict = plan_prefill(
             self.profile,
@@ -133,7 +148,7 @@ class PlainEngine:
             pace_s,
             kv,
             [r.due_at - now for r in self.decoding],
-            able[0][0].due_at - now if able else math.inf,
+            head_due_at - now,
             [prefill for _, prefill in able],
         )
         self.forced_chunks += verdict == Verdict.FORCED

@@ -88,6 +88,7 @@ def machines(draw: st.DrawFn) -> tuple[Instance, Profile, Settings]:
     policy: dict[str, object] = {
         "chunk_bound": draw(st.sampled_from(["pace", "slack"])),
         "chunk_floor_tokens": draw(st.sampled_from([1, 16, 64])),
+        "relegate": draw(st.booleans()),
     }
     return Instance("i", "small", chunk, order), true, Settings().replaced(policy)
 
@@ -310,6 +311,32 @@ def test_the_earliest_deadline_is_computed_first_and_best_effort_last() -> None:
     subject.submit(0.0, Job("soon", 100, 2, Slo(1.0, 1.0), 0.0))
     assert list(subject.prefilling()) == ["soon", "late", "free"]
     assert order_of_first_tokens(subject) == ["soon", "late", "free"]
+
+
+@pytest.mark.parametrize(("relegate", "order"), [(False, ["lost", "kept"]), (True, ["kept", "lost"])])
+def test_a_prompt_that_is_late_anyway_goes_behind_those_in_time_when_relegated(
+    relegate: bool, order: list[str]
+) -> None:
+    subject = engine(Instance("i", "small", ChunkRule("fixed", 100)), relegate=relegate)
+    subject.submit(0.0, Job("lost", 100, 2, Slo(0.001, 1.0), 0.0))
+    subject.submit(0.0, Job("kept", 100, 2, Slo(5.0, 1.0), 0.0))
+    assert order_of_first_tokens(subject) == order
+
+
+def test_nothing_is_forced_for_a_relegated_prompt() -> None:
+    """Beside a decode that has no slack for a chunk the lost prompt waits until the decode has ended."""
+    forced = {}
+    for relegate in (False, True):
+        subject = engine(relegate=relegate)
+        subject.submit(0.0, Job("tight", 20, 40, Slo(0.006, 0.0045), 0.0))
+        at = subject.begin(0.0)
+        assert at is not None
+        subject.end(at)
+        subject.submit(at, Job("lost", 200, 1, Slo(0.001, 1.0), 0.0))
+        while (at := subject.begin(at)) is not None:
+            subject.end(at)
+        forced[relegate] = subject.forced_chunks
+    assert forced[False] > forced[True] == 0
 
 
 def test_first_come_first_served_ignores_deadlines() -> None:

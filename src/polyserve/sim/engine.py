@@ -141,7 +141,7 @@ class Engine:
         state = self._state
         state[k.FREE] = self.kv_capacity // self.block_size
         state[k.BLOCK], state[k.SEATS] = self.block_size, self.max_num_seqs
-        state[k.BY_DEADLINE] = instance.order == "deadline"
+        state[k.BY_DEADLINE], state[k.RELEGATES] = instance.order == "deadline", settings.relegate
         state[k.KIND], state[k.LAW_TOKENS] = law.kind, law.tokens
         state[k.SPEND], state[k.FLOOR] = law.spend_slack, law.floor
 

@@ -19,8 +19,8 @@ IntVector = NDArray[np.int64]
 IntMatrix = NDArray[np.int64]
 
 # Rows of `ints`: PROMPT without and TARGET with the tokens generated before it was queued; ADMITTED is the
-# number of its admission.
-PROMPT, TARGET, COMPUTED, GENERATED, OUTPUT, BLOCKS, SEQUENCE, RUNS, ADMITTED, CHUNK, INT_ROWS = range(11)
+# number of its admission; RELEGATED, whether it waits behind all that can still be in time.
+PROMPT, TARGET, COMPUTED, GENERATED, OUTPUT, BLOCKS, SEQUENCE, RUNS, ADMITTED, CHUNK, RELEGATED, INT_ROWS = range(12)
 # Rows of `floats`: BASE is when token 0 is due, infinite (like TPOT) without an SLO.
 BASE, TPOT, WORST, FIRST_AT, FLOAT_ROWS = range(5)
 # Rows of `lists`, with their lengths in `state`: QUEUE is everybody whose prompt is not computed, in order.
@@ -28,9 +28,8 @@ DECODING, QUEUE, CHUNKED, TOKENS, FIRST, FINISHED, PREEMPTED, LIST_ROWS = range(
 # Rows of `work`.
 SLACKS, REMAINING, PAST, CHUNKS, QUEUED, WORK_ROWS = range(6)
 # `state` beyond those lengths.
-FREE, RUNNING, HELD, ADMISSIONS, BLOCK, SEATS, BY_DEADLINE, KIND, LAW_TOKENS, SPEND, FLOOR, STATE_LENGTH = range(
-    LIST_ROWS, LIST_ROWS + 12
-)
+(FREE, RUNNING, HELD, ADMISSIONS, BLOCK, SEATS, BY_DEADLINE, RELEGATES, KIND, LAW_TOKENS, SPEND, FLOOR,
+ STATE_LENGTH) = range(LIST_ROWS, LIST_ROWS + 13)  # fmt: skip
 
 
 @njit(cache=True)
@@ -44,7 +43,9 @@ def next_due(ints: IntMatrix, floats: Matrix, slot: int) -> float:  # pragma: no
 
 @njit(cache=True)
 def precedes(ints: IntMatrix, floats: Matrix, state: IntVector, a: int, b: int) -> bool:  # pragma: no cover - compiled
-    """Whether `a` is computed before `b`: by deadline where the engine goes by it, then by arrival."""
+    """Whether `a` is computed before `b`: the relegated last, by deadline where the engine goes by it, by arrival."""
+    if ints[RELEGATED, a] != ints[RELEGATED, b]:
+        return bool(ints[RELEGATED, a] < ints[RELEGATED, b])
     if state[BY_DEADLINE]:
         due_a, due_b = next_due(ints, floats, a), next_due(ints, floats, b)
         if due_a != due_b:
@@ -174,6 +175,32 @@ def room_for_decodes(
 
 
 @njit(cache=True)
+def relegate(
+    believed: Vector,
+    ints: IntMatrix,
+    floats: Matrix,
+    lists: IntMatrix,
+    state: IntVector,
+    now: float,
+    kv: int,
+    ratio: float,
+) -> None:  # pragma: no cover - compiled
+    """Send every head that would be late, were it computed at once, behind all that can still be in time.
+
+    Whoever holds KV stays: two half computed prompts that took turns could fill the memory and both stand still.
+    """
+    while state[QUEUE] > 0:
+        slot = lists[QUEUE, 0]
+        left = ints[TARGET, slot]
+        at_best = now + ratio * iteration_s(believed, left, state[DECODING], kv, 0.5 * left * left)
+        if ints[RUNS, slot] or ints[RELEGATED, slot] or at_best <= next_due(ints, floats, slot):
+            return
+        ints[RELEGATED, slot] = 1
+        remove(lists, state, QUEUE, slot)
+        enqueue(ints, floats, lists, state, slot)
+
+
+@njit(cache=True)
 def able_prefills(
     ints: IntMatrix, lists: IntMatrix, state: IntVector, work: Matrix
 ) -> int:  # pragma: no cover - compiled
@@ -268,6 +295,8 @@ def compose(
         kv += ints[COMPUTED, slot] + 1
         pace = min(pace, floats[TPOT, slot])
         work[SLACKS, j] = (next_due(ints, floats, slot) - now) / (ratio * margin)
+    if state[RELEGATES]:
+        relegate(believed, ints, floats, lists, state, now, kv, ratio)
     count = able_prefills(ints, lists, state, work)
     running = state[RUNNING] - decodes
     for j in range(state[QUEUE]):
@@ -279,7 +308,10 @@ def compose(
     total, verdict, attention = 0, 0, 0.0
     state[CHUNKED] = 0
     if count > 0:
-        head_slack = (next_due(ints, floats, int(work[QUEUED, 0])) - now) / (ratio * margin)
+        head = int(work[QUEUED, 0])
+        # Nothing is forced for one whose deadline is lost.
+        due = np.inf if ints[RELEGATED, head] else next_due(ints, floats, head)
+        head_slack = (due - now) / (ratio * margin)
         total, verdict = plan_prefill(
             believed,
             state[KIND],
