@@ -33,7 +33,7 @@ BAD = [
     (["--profile", "abacus"], "unknown profile 'abacus'; there are: a100-llama-3-8b"),
     (["--trace", "nowhere"], "unknown trace 'nowhere'; there are: aibrix-ramp"),
     (["--trace", "uniform:0/5"], "whole P and D of at least 1"),
-    (["--set", "colour=red"], "unknown setting 'colour'; there are: best_effort"),
+    (["--set", "colour=red"], "unknown setting 'colour'; there are: autoscaler"),
     (["--set", "placement=left"], "setting 'placement' is one of fill, spread"),
     (["--set", "guest_reserve=much"], "setting 'guest_reserve' is a number, not 'much'"),
     (["--set", "placement"], "--set: KEY=VALUE, not 'placement'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from random import Random
 
 import pytest
@@ -95,7 +96,7 @@ def partition(sizes: str, instances: int, **switches: object) -> tuple[Crew, One
     return crew, made("static", crew)
 
 
-def fill(crew: Crew, pool: OnePool, arrivals: list[str | None]) -> list[Placement | None]:
+def fill(crew: Crew, pool: OnePool, arrivals: Sequence[str | None]) -> list[Placement | None]:
     placements = []
     for n, tier in enumerate(arrivals):
         placement = pool.place(0.0, crew.job(f"r{n}", tier))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from polyserve.core.bound import (
     instance_rate,
     one_solo_ttft_s,
     optimal_rate,
+    partition_sizes,
     solo_ttft_s,
     tier_mix,
 )
@@ -187,3 +189,33 @@ def test_a_mix_weighs_context_by_how_long_it_is_held() -> None:
     mix = tier_mix(0.02, 1.0, np.array([100, 1000]), np.array([299, 1]))
     assert mix.context == pytest.approx((299 * (100 + 150) + 1 * 1001) / 300)
     assert mix.attention == pytest.approx((100**2 + 1000**2) / 4)
+
+
+@given(
+    profiles(),
+    st.lists(mixes(), min_size=1, max_size=4),
+    st.lists(st.integers(0, 9), min_size=4, max_size=4),
+    st.integers(1, 9),
+)
+@settings(max_examples=40)
+def test_no_partition_serves_a_higher_rate(
+    profile: Profile, tiers: list[TierMix], shares: list[int], instances: int
+) -> None:
+    tiers = [
+        tier._replace(share=float(share), tpot_s=0.02 * (n + 1))
+        for n, (tier, share) in enumerate(zip(tiers, shares, strict=False))
+    ]
+    rates = [instance_rate(profile, t.prompt, t.output, t.context, t.attention, t.tpot_s) for t in tiers]
+    needs = [t.share / rate if rate > 0 else 0.0 for t, rate in zip(tiers, rates, strict=True)]
+    sizes = partition_sizes(profile, instances, tiers)
+    assert sum(sizes) == instances
+    if instances < len(tiers):
+        assert sizes == [1] * instances + [0] * (len(tiers) - instances), "the tightest have theirs"
+        return
+
+    def rate(partition: Sequence[int]) -> float:
+        return min((size / need for size, need in zip(partition, needs, strict=True) if need > 0), default=0.0)
+
+    everyone = itertools.product(range(1, instances + 1), repeat=len(tiers))
+    best = max(rate(partition) for partition in everyone if sum(partition) == instances)
+    assert rate(sizes) == pytest.approx(best)

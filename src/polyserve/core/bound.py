@@ -208,3 +208,26 @@ def _fleet_rate(
             return 0.0
         need += tier.share / total / rate
     return instances / need if need > 0 else 0.0
+
+
+def partition_sizes(profile: Profile, instances: int, tiers: Sequence[TierMix]) -> list[int]:
+    """Whole instances for each tier, as given, of the partition that serves the highest rate where nobody shares.
+
+    Every tier gets one, then always the one that would be full first. With fewer instances than tiers the tightest
+    have one each and the others none: who is looser can be served by a tighter tier's, not the reverse.
+    """
+    tightest = sorted(range(len(tiers)), key=lambda i: tiers[i].tpot_s)
+    sizes = [0] * len(tiers)
+    for i in tightest[:instances]:
+        sizes[i] = 1
+    needs = [_fleet_need(profile, tier) for tier in tiers]
+    for _ in range(instances - sum(sizes)):
+        fullest = max(range(len(tiers)), key=lambda i: (needs[i] / sizes[i], -i))
+        sizes[fullest] += 1
+    return sizes
+
+
+def _fleet_need(profile: Profile, tier: TierMix) -> float:
+    """Instances that a tier occupies per request per second of all; 0 without requests or at a pace never held."""
+    rate = instance_rate(profile, tier.prompt, tier.output, tier.context, tier.attention, tier.tpot_s)
+    return tier.share / rate if rate > 0.0 and tier.share > 0.0 else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -12,7 +12,7 @@ from typing import Literal
 
 from polyserve.core import bound
 from polyserve.core.profile import Profile
-from polyserve.core.settings import SettingError, Settings, policy
+from polyserve.core.settings import SettingError, Settings, engine_wish, policy
 from polyserve.core.types import ChunkRule, InstanceId, RequestId, Tier
 from polyserve.demand import Arrivals, DemandError, Workload, draw_requests
 from polyserve.journal import JournalWriter
@@ -47,8 +47,8 @@ class Scenario:
     policy: str = "polyserve"
     values: Mapping[str, object] = field(default_factory=dict)  # settings other than the policy's own
     seed: int = 0
-    chunk: ChunkRule | None = None  # None: dynamic for the tiers' policies, else fixed at the engine's maximum
-    order: Literal["deadline", "fcfs"] | None = None  # None: deadline with a dynamic chunk, else fcfs
+    chunk: ChunkRule | None = None  # None: what the policy is meant for; a fixed one at the engine's maximum
+    order: Literal["deadline", "fcfs"] | None = None  # None: what the policy is meant for
     jitter: float = 0.0  # standard deviation of single iterations, as a share
     bias: float = 0.0  # true iterations take 1 + bias times what is believed
     sight: Literal["gateway", "perfect"] = "gateway"
@@ -90,6 +90,9 @@ def prepare(scenario: Scenario) -> Prepared:
     if warm_up_s >= workload.duration_s:
         raise DemandError(f"warm-up of {warm_up_s:g} s leaves nothing of {workload.duration_s:g} s to measure")
     instances = max(scenario.instances, settings.max_instances)
+    mixes = workload.mixes()
+    if settings.router == "static" and not settings.static_sizes:
+        settings = settings.replaced({"static_sizes": _static_sizes(scenario, profile, mixes)})
     spec = SimulationSpec(
         requests=list(workload),
         tiers=tuple(Tier(tier_key(tpot), tpot, max(scenario.ttfts)) for tpot, _ in sorted(scenario.tpots)),
@@ -98,7 +101,7 @@ def prepare(scenario: Scenario) -> Prepared:
         believed=profile,
         instances=scenario.instances,
         chunk=_chunk(scenario, settings, profile),
-        order=scenario.order or ("deadline" if settings.router == "tiers" else "fcfs"),
+        order=scenario.order or engine_wish(settings.router).order,
         seed=scenario.seed,
         jitter=scenario.jitter,
         sight=scenario.sight,
@@ -107,7 +110,6 @@ def prepare(scenario: Scenario) -> Prepared:
         start_up_s=scenario.start_up_s,
         faults=faults(scenario, workload, window),
     )
-    mixes = workload.mixes()
     own = spec.profile
     facts = Facts(
         policy=scenario.policy,
@@ -232,7 +234,17 @@ def _warm_up_s(scenario: Scenario) -> float:
 def _chunk(scenario: Scenario, settings: Settings, profile: Profile) -> ChunkRule:
     if scenario.chunk is not None:
         return scenario.chunk
-    return ChunkRule() if settings.router == "tiers" else ChunkRule("fixed", profile.limits.max_num_batched_tokens)
+    if engine_wish(settings.router).chunk == "dynamic":
+        return ChunkRule()
+    return ChunkRule("fixed", profile.limits.max_num_batched_tokens)
+
+
+def _static_sizes(scenario: Scenario, profile: Profile, mixes: Sequence[bound.TierMix]) -> str:
+    """The partition for the requests as drawn: what an operator would set up who knew them."""
+    drawn = {mix.tpot_s: mix for mix in mixes}
+    paces = sorted(tpot for tpot, _ in scenario.tpots)
+    given = [drawn.get(pace, bound.TierMix(pace, 0.0, 1.0, 1.0, 1.0, 1.0)) for pace in paces]
+    return ",".join(str(size) for size in bound.partition_sizes(profile, scenario.instances, given))
 
 
 def _siblings(profile: str) -> list[str]:
