@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 from typing import Literal
 
+import numpy as np
+
 from polyserve.core import bound
 from polyserve.core.profile import Profile
-from polyserve.core.settings import SettingError, Settings, engine_wish, policy
-from polyserve.core.types import ChunkRule, InstanceId, RequestId, Tier
+from polyserve.core.settings import EngineWish, SettingError, Settings, engine_wish, policy
+from polyserve.core.types import ChunkRule, InstanceId, RequestId, Tier, to_microsecond
 from polyserve.demand import Arrivals, DemandError, Workload, draw_requests
 from polyserve.journal import JournalWriter
 from polyserve.profiles.store import load, shipped_names
@@ -41,14 +44,16 @@ class Scenario:
     warm_up_s: float | None = None  # None: a minute, or half the duration where that is less
     tpots: tuple[tuple[float, float], ...] = ((0.02, 0.1), (0.03, 0.2), (0.05, 0.3), (0.1, 0.4))
     ttfts: tuple[float, ...] = (0.3, 0.5, 1.0)
+    later: tuple[tuple[float, float], ...] = ()  # the same paces, with their shares from the window's middle on
+    curve: tuple[float, ...] = ()  # relative rates over the whole duration, evenly spaced; none: a steady rate
     arrivals: Arrivals = field(default_factory=Arrivals)
     columns: Mapping[str, str] = field(default_factory=dict)
     best_effort: float = 0.0
     policy: str = "polyserve"
     values: Mapping[str, object] = field(default_factory=dict)  # settings other than the policy's own
     seed: int = 0
-    chunk: ChunkRule | None = None  # None: what the policy is meant for; a fixed one at the engine's maximum
-    order: Literal["deadline", "fcfs"] | None = None  # None: what the policy is meant for
+    chunk: ChunkRule | None = None  # None: as the policy wishes, a fixed one at the engine's maximum
+    order: Literal["deadline", "fcfs"] | None = None  # None: as the policy wishes
     jitter: float = 0.0  # standard deviation of single iterations, as a share
     bias: float = 0.0  # true iterations take 1 + bias times what is believed
     sight: Literal["gateway", "perfect"] = "gateway"
@@ -83,9 +88,11 @@ def prepare(scenario: Scenario) -> Prepared:
     """Read, draw and bound; raises the readers' errors, `SettingError` and `DemandError`."""
     _check(scenario)
     settings = _settings(scenario)
+    wish = engine_wish(settings.router)
     profile = load(scenario.profile)
+    true = profile.slowed(1.0 + scenario.bias) if scenario.bias else profile
     warm_up_s = _warm_up_s(scenario)
-    workload = draw(scenario, profile, warm_up_s)
+    workload = draw(scenario, true, warm_up_s)
     window = (warm_up_s, workload.duration_s)
     if warm_up_s >= workload.duration_s:
         raise DemandError(f"warm-up of {warm_up_s:g} s leaves nothing of {workload.duration_s:g} s to measure")
@@ -97,11 +104,11 @@ def prepare(scenario: Scenario) -> Prepared:
         requests=list(workload),
         tiers=tuple(Tier(tier_key(tpot), tpot, max(scenario.ttfts)) for tpot, _ in sorted(scenario.tpots)),
         settings=settings,
-        profile=profile.slowed(1.0 + scenario.bias) if scenario.bias else profile,
+        profile=true,
         believed=profile,
         instances=scenario.instances,
-        chunk=_chunk(scenario, settings, profile),
-        order=scenario.order or engine_wish(settings.router).order,
+        chunk=scenario.chunk or _chunk(wish, profile),
+        order=scenario.order or wish.order,
         seed=scenario.seed,
         jitter=scenario.jitter,
         sight=scenario.sight,
@@ -155,28 +162,62 @@ def evaluate(
 
 
 def draw(scenario: Scenario, profile: Profile, warm_up_s: float) -> Workload:
-    """The scenario's requests. What is feasible does not depend on the policy, so that all policies get the same."""
+    """The scenario's requests, feasible on an idle instance of the true `profile`.
+
+    What is feasible does not depend on the policy, so that all policies get the same requests.
+    """
     trace = read_trace(scenario.trace, scenario.columns)
+    duration_s = None if scenario.duration_s is None else warm_up_s + scenario.duration_s
     at_rate = partial(
         draw_requests,
         trace,
-        duration_s=None if scenario.duration_s is None else warm_up_s + scenario.duration_s,
-        tpots=scenario.tpots,
+        duration_s=duration_s,
         ttfts=scenario.ttfts,
         feasible=partial(bound.feasible, profile, ChunkRule()),
         arrivals=scenario.arrivals,
         best_effort=scenario.best_effort,
         seed=scenario.seed,
     )
-    if scenario.of_optimal is None:
-        return at_rate(rate=scenario.rate)
-    # Lengths and paces do not depend on the rate, so their means may be taken at any.
-    nominal = 1.0
-    mixes = at_rate(rate=nominal, duration_s=max(10_000.0, len(trace))).mixes()
-    optimal = bound.optimal_rate(profile, scenario.instances, mixes)
-    if optimal <= 0:
-        raise DemandError(f"profile {scenario.profile} cannot hold every pace asked for, so there is no optimum")
-    return at_rate(rate=scenario.of_optimal * optimal / (1.0 - scenario.best_effort))
+    rate = scenario.rate
+    if scenario.of_optimal is not None:
+        # Lengths and paces do not depend on the rate, so their means may be taken at any.
+        sample = at_rate(rate=1.0, duration_s=max(10_000.0, len(trace)), tpots=scenario.tpots)
+        optimal = bound.optimal_rate(profile, scenario.instances, sample.mixes())
+        if optimal <= 0:
+            raise DemandError(f"profile {scenario.profile} cannot hold every pace asked for, so there is no optimum")
+        rate = scenario.of_optimal * optimal / (1.0 - scenario.best_effort)
+    workload = at_rate(rate=rate, tpots=scenario.tpots)
+    if scenario.curve:
+        workload = _curved(workload, scenario.curve)
+    if scenario.later:
+        middle = (warm_up_s + workload.duration_s) / 2
+        after = at_rate(rate=rate, tpots=scenario.later)
+        workload = _joined(workload, _curved(after, scenario.curve) if scenario.curve else after, middle)
+    return workload
+
+
+def _curved(workload: Workload, curve: Sequence[float]) -> Workload:
+    """The same requests, at rates that follow the curve: its pieces are equally long, its mean is the old rate."""
+    upto = np.concatenate([[0.0], np.cumsum(curve)]) / sum(curve) * workload.duration_s
+    at = np.linspace(0.0, workload.duration_s, len(curve) + 1)
+    moved = np.interp([r.arrived_at for r in workload.requests], upto, at).tolist()
+    requests = [
+        dataclasses.replace(request, arrived_at=to_microsecond(time))
+        for request, time in zip(workload.requests, moved, strict=True)
+    ]
+    return dataclasses.replace(workload, requests=requests)
+
+
+def _joined(before: Workload, after: Workload, at: float) -> Workload:
+    """The first workload's requests until `at`, the second's from then on; both arrive at the same times."""
+    cut = bisect_left(before.requests, at, key=lambda request: request.arrived_at)
+    return Workload(
+        requests=before.requests[:cut] + after.requests[cut:],
+        output_tokens=before.output_tokens[:cut] + after.output_tokens[cut:],
+        rows=np.concatenate([before.rows[:cut], after.rows[cut:]]),
+        infeasible=before.infeasible,
+        duration_s=before.duration_s,
+    )
 
 
 def faults(scenario: Scenario, workload: Workload, window: tuple[float, float]) -> Faults:
@@ -208,6 +249,12 @@ def _check(scenario: Scenario) -> None:
         raise SettingError(
             f"bias is above -1, since iterations take 1 + bias of what is believed, not {scenario.bias:g}"
         )
+    if scenario.later and [pace for pace, _ in scenario.later] != [pace for pace, _ in scenario.tpots]:
+        raise DemandError("the later shares are of the same paces")
+    if scenario.later and scenario.arrivals.kind == "recorded":
+        raise DemandError("shares cannot change in a recorded trace: take poisson or gamma:CV arrivals")
+    if scenario.curve and not (min(scenario.curve) >= 0 and 0 < sum(scenario.curve) < math.inf):
+        raise DemandError("the rates of a curve are not negative, and some are positive")
     for name in ("leaving", "failing_starts"):
         if not 0 <= getattr(scenario, name) <= 1:
             raise SettingError(f"{name.replace('_', '-')} is a share from 0 to 1, not {getattr(scenario, name):g}")
@@ -231,12 +278,8 @@ def _warm_up_s(scenario: Scenario) -> float:
     return WARM_UP_S if scenario.duration_s is None else min(WARM_UP_S, scenario.duration_s / 2)
 
 
-def _chunk(scenario: Scenario, settings: Settings, profile: Profile) -> ChunkRule:
-    if scenario.chunk is not None:
-        return scenario.chunk
-    if engine_wish(settings.router).chunk == "dynamic":
-        return ChunkRule()
-    return ChunkRule("fixed", profile.limits.max_num_batched_tokens)
+def _chunk(wish: EngineWish, profile: Profile) -> ChunkRule:
+    return ChunkRule() if wish.chunk == "dynamic" else ChunkRule("fixed", profile.limits.max_num_batched_tokens)
 
 
 def _static_sizes(scenario: Scenario, profile: Profile, mixes: Sequence[bound.TierMix]) -> str:
