@@ -17,6 +17,7 @@ import typer
 
 from polyserve.commands import profile as profile_command
 from polyserve.commands.plan import plan
+from polyserve.commands.study import study
 from polyserve.commands.validate import validate
 
 if TYPE_CHECKING:
@@ -422,6 +423,7 @@ def replay_journal(file: Annotated[Path, typer.Argument(help="A journal, .gz or 
 # ------------------------------------------------------------------------------------------- commands of their own file
 
 app.command()(plan)
+app.command()(study)
 app.command()(validate)
 app.add_typer(profile_command.app, name="profile")
 

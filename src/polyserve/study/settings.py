@@ -1,0 +1,337 @@
+"""The settings of the study as data: which fleets, workloads and policies, and what is asked of them.
+
+A new setting is a row in `SETTINGS`; a new policy to compare with is a row in `ENTRIES`. Everything else follows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from polyserve.core.settings import SettingError, engine_wish, policy
+from polyserve.core.types import Role
+from polyserve.study.search import MEASURES
+
+Pairs = tuple[tuple[str, object], ...]
+
+PACES = ((0.02, 0.1), (0.03, 0.2), (0.05, 0.3), (0.1, 0.4))  # the paper's: seconds per token, share
+TTFTS = (0.3, 0.5, 1.0)
+SWAPPED = tuple((pace, share) for (pace, _), (_, share) in zip(PACES, PACES[::-1], strict=True))
+
+
+class StudyError(ValueError):
+    """A study that cannot be run; the message names the option and what would do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Instances that are alike."""
+
+    profile: str
+    instances: int
+    role: Role = Role.MIXED
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """What serves. `profile` and `instances` are those of a fleet of one kind."""
+
+    name: str
+    groups: tuple[Group, ...]
+
+    @property
+    def profile(self) -> str:
+        return self.groups[0].profile
+
+    @property
+    def instances(self) -> int:
+        return sum(group.instances for group in self.groups)
+
+
+def fleet(profile: str, instances: int) -> Fleet:
+    """So many mixed instances of one profile."""
+    return Fleet(f"{instances} x {profile}", (Group(profile, instances),))
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What differs from a quiet, steady run with a true profile."""
+
+    jitter: float = 0.0
+    bias: float = 0.0
+    later: tuple[tuple[float, float], ...] = ()  # shares of the paces from the middle of the window on
+
+
+QUIET = World()
+
+EntryRole = Literal["ours", "baseline", "hindsight", "untuned", "variant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One policy as its users run it."""
+
+    label: str
+    policy: str
+    role: EntryRole = "baseline"
+    values: Pairs = ()  # settings other than the policy's own
+    chunk: int | None = None  # fixed, and not tuned; None: the policy's own rule, or tuned
+    tunes: tuple[str, ...] = ()  # what its operator would tune for a workload (`polyserve.study.tuning`)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One question of the study."""
+
+    name: str
+    asks: str
+    fleets: tuple[Fleet, ...]
+    workloads: tuple[str, ...]
+    quick_workloads: tuple[str, ...]
+    entries: tuple[str, ...]  # labels, `ENTRIES` or POLICY@CHUNK
+    quick_entries: tuple[str, ...] = ()  # none: the same
+    quick_fleets: tuple[int, ...] = ()  # which of the fleets; none: the last of each kind
+    measures: tuple[str, ...] = tuple(MEASURES)
+    quick_measures: tuple[str, ...] = ()  # none: the same
+    loads: tuple[float, ...] = ()  # shares of the optimum that are run for every entry, in any case
+    quick_loads: tuple[float, ...] = ()
+    overload: bool = True  # run 150 % of the optimum too
+    world: World = QUIET
+    variants: Mapping[str, Pairs] = field(default_factory=dict)  # of `polyserve`, for the ablation
+    least_requests: tuple[int, int] = (20_000, 60_000)  # in a window at the optimum: quick, full
+
+
+# ---------------------------------------------------------------------------------------------------------- policies
+
+OWN = ("polyserve", "polyserve-paper")
+# Told the tier shares beforehand, so never "the best baseline" of a service that does not know them.
+HINDSIGHT = ("static",)
+# The baselines as the paper had them.
+UNTUNED = ("random@512", "random@2048", "minimal@512", "minimal@2048")
+ALL = (
+    *OWN,
+    "minimal",
+    "least-requests",
+    "power-of-two",
+    "round-robin",
+    "random",
+    "static",
+    "least-headroom",
+    "ptokens-batch",
+    "shared-slack",
+    "single-slo",
+)
+# The strongest of their kinds, where time is short.
+STRONG = (*OWN, "minimal", "least-headroom", "static", "shared-slack")
+
+# Each mechanism off in turn, and each alternative on.
+VARIANTS: dict[str, Pairs] = {
+    "average lengths": (("lengths", "average"),),
+    "promotion tightest first": (("promotion_order", "tightest"),),
+    "promotion eager": (("promotion", "eager"),),
+    "no promotion": (("promotion", "off"),),
+    "no guest reserve": (("guest_reserve", 0.0),),
+    "tight on loose": (("tight_on_loose", True),),
+    "no wait-time test": (("wait_time", False),),
+    "no token-1 test": (("test_token1", False),),
+    "no pace test": (("test_pace", False),),
+    "no memory test": (("test_memory", False),),
+    "no prefill test": (("test_prefill", False),),
+    "no chunk prediction": (("predict_chunks", False),),
+    "slack-driven chunk": (("chunk_bound", "slack"),),
+    "no relabelling": (("relabel", False),),
+    "sized by pending": (("sizing", "pending"),),
+    "never refuse": (("on_late", "never"),),
+    "serve late": (("on_late", "serve_late"),),
+    "least loaded first": (("placement", "spread"),),
+    "a head blocks": (("head_walk", 0),),
+    "no safety margin": (("safety_sigma", 0.0), ("memory_margin_sigma", 0.0), ("ttft_margin", 0.0)),
+    "no live correction": (("correction", False),),
+}
+# The variant whose engines keep a fixed chunk instead of the dynamic one.
+FIXED_VARIANT = "fixed chunk"
+
+
+def entry(label: str) -> Entry:
+    """The entry of that label: a policy, POLICY@CHUNK, or a variant of `polyserve`; raises `StudyError`."""
+    if label in VARIANTS:
+        return Entry(label, "polyserve", "variant", VARIANTS[label])
+    if label == FIXED_VARIANT:
+        return Entry(label, "polyserve", "variant", tunes=("chunk",))
+    match = re.fullmatch(r"(.+)@(\d{1,6})", label)
+    name = match[1] if match else label
+    try:
+        tunes = engine_wish(policy(name).router).tunes
+    except SettingError as error:
+        raise StudyError(
+            f"--policies: {error}; any of them with a fixed chunk (minimal@512); or one of polyserve's variants: "
+            f"{', '.join((*VARIANTS, FIXED_VARIANT))}"
+        ) from None
+    if match:
+        if int(match[2]) < 1:
+            raise StudyError(f"--policies: a fixed chunk is at least 1 token, not {label!r}")
+        return Entry(label, name, "untuned", chunk=int(match[2]))
+    role: EntryRole = "ours" if name in OWN else "hindsight" if name in HINDSIGHT else "baseline"
+    return Entry(label, name, role, tunes=tunes)
+
+
+def known_entries(labels: tuple[str, ...]) -> tuple[list[Entry], list[str]]:
+    """The entries that can be run, and the labels of those whose policy does not exist here."""
+    able, missing = [], []
+    for label in labels:
+        try:
+            able.append(entry(label))
+        except StudyError:
+            missing.append(label)
+    return able, missing
+
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+H200_8B, H200_70B, A100_8B = "h200-llama-3-8b", "h200-llama-3-70b-tp4", "a100-llama-3-8b"
+PAPER_WORKLOADS = (
+    "azure-conv",
+    "azure-code",
+    "sharegpt",
+    "mooncake",
+    "uniform:512/512",
+    "uniform:4096/256",
+    "servegen-small",
+    "servegen-mid",
+)
+
+
+def _both(profile: str, instances: int) -> tuple[Fleet, ...]:
+    """The same fleet under both assumptions about mixed batches, the measured kind last."""
+    return fleet(profile, instances), fleet(f"{profile}-mixed", instances)
+
+
+SETTINGS: dict[str, Setting] = {
+    setting.name: setting
+    for setting in (
+        Setting(
+            "paper-co",
+            "the paper's co-located set-up: Llama-3-8B on 20 H200, baselines tuned and as the paper had them",
+            (fleet(H200_8B, 20),),
+            PAPER_WORKLOADS,
+            ("azure-code", "uniform:4096/256"),
+            (*ALL, *UNTUNED),
+            (*OWN, "minimal", "least-headroom", "static", *UNTUNED),
+        ),
+        Setting(
+            "big",
+            "Llama-3-70B on 20 times four H200",
+            _both(H200_70B, 20),
+            ("azure-conv", "azure-code", "sharegpt", "uniform:512/512"),
+            ("azure-code",),
+            ALL,
+            STRONG,
+        ),
+        Setting(
+            "old",
+            "Llama-3-8B on 20 A100",
+            _both(A100_8B, 20),
+            ("azure-conv", "azure-code", "sharegpt", "uniform:512/512"),
+            ("azure-code", "azure-conv"),
+            ALL,
+            STRONG,
+        ),
+        Setting(
+            "long-answers",
+            "answers far longer than prompts, on 20 A100 and 20 times four H200",
+            (*_both(A100_8B, 20), *_both(H200_70B, 20)),
+            ("apex", "uniform:256/1500"),
+            ("uniform:256/1500",),
+            ALL,
+            STRONG,
+            quick_fleets=(1,),
+        ),
+        Setting(
+            "overload",
+            "from half to twice what can be served at best",
+            (*_both(A100_8B, 20), *_both(H200_70B, 20)),
+            ("azure-conv", "azure-code"),
+            ("azure-code",),
+            ALL,
+            (*OWN, "minimal", "static", "shared-slack"),
+            quick_fleets=(1, 3),
+            measures=(),
+            loads=tuple(round(0.5 + 0.1 * n, 1) for n in range(16)),
+            quick_loads=(0.5, 0.8, 1.0, 1.25, 1.5, 2.0),
+        ),
+        Setting(
+            "noise",
+            "iterations vary by 10 % and take 10 % longer than the profile says; nobody is told",
+            (*_both(A100_8B, 20), *_both(H200_70B, 20)),
+            ("azure-conv", "azure-code"),
+            ("azure-code",),
+            ALL,
+            (*OWN, "minimal", "static", "shared-slack"),
+            quick_fleets=(1, 3),
+            world=World(jitter=0.1, bias=0.1),
+        ),
+        Setting(
+            "few",
+            "four instances for four tiers",
+            (*_both(A100_8B, 4), *_both(H200_70B, 4)),
+            ("azure-conv", "azure-code"),
+            ("azure-code",),
+            ALL,
+            STRONG,
+            quick_fleets=(1, 3),
+        ),
+        Setting(
+            "burst",
+            "the shares of the tiers swapped in the middle of the window",
+            (*_both(A100_8B, 20), *_both(H200_70B, 20)),
+            ("azure-conv", "azure-code"),
+            ("azure-code",),
+            ALL,
+            STRONG,
+            quick_fleets=(1, 3),
+            world=World(later=SWAPPED),
+        ),
+        Setting(
+            "scale",
+            "goodput per instance as the fleet grows",
+            tuple(each for n in (8, 16, 32, 64, 256, 1000) for each in _both(A100_8B, n)),
+            ("azure-code",),
+            ("azure-code",),
+            (*OWN, "minimal"),
+            quick_fleets=(1, 3, 5, 7),
+            quick_measures=("G90", "G90t"),
+            overload=False,
+        ),
+        Setting(
+            "ablation",
+            "each mechanism of polyserve off in turn, and each alternative on",
+            (*_both(A100_8B, 20), *_both(H200_70B, 20)),
+            ("azure-code",),
+            ("azure-code",),
+            ("polyserve", *VARIANTS, FIXED_VARIANT),
+            quick_fleets=(1, 3),
+            quick_measures=("G90t",),
+        ),
+    )
+}
+
+
+def setting_named(name: str) -> Setting:
+    if name not in SETTINGS:
+        raise StudyError(f"--setting: unknown setting {name!r}; there are: {', '.join(SETTINGS)}")
+    return SETTINGS[name]
+
+
+def scaled_down(setting: Setting) -> Setting:
+    """The setting as `--quick` runs it."""
+    chosen = setting.quick_fleets or (len(setting.fleets) - 1,)
+    return replace(
+        setting,
+        fleets=tuple(setting.fleets[n] for n in chosen),
+        workloads=setting.quick_workloads,
+        entries=setting.quick_entries or setting.entries,
+        measures=setting.quick_measures or setting.measures,
+        loads=setting.quick_loads or setting.loads,
+    )
