@@ -18,25 +18,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 VERSION = "1.6.1"
 ENVIRONMENT = Path(__file__).parent.parent / "build" / "dynosim"
-# As the job's description says: four replicas, chunk 512, 128 sequences, round robin. KV is what an A100 leaves for
-# Llama-3-8B; the job never fills it.
-REPLICAS, CHUNK, SEQUENCES = 4, 512, 128
-ENGINE = {
-    "max_num_seqs": SEQUENCES,
-    "max_num_batched_tokens": CHUNK,
-    "block_size": 16,
-    "num_gpu_blocks": 28_000,
-    "enable_prefix_caching": False,
-    "enable_chunked_prefill": True,
-}
+BLOCK = 16  # tokens of KV
 PREFIX_BLOCK = 512  # tokens for which a mooncake trace has one hash
 
 Row = tuple[float, int, int]  # arrival in seconds, prompt and output tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """How many replicas serve the job, round robin, and how each is started."""
+
+    replicas: int = 4
+    chunk: int = 512
+    sequences: int = 128
+    kv_tokens: int = 448_000  # what an A100 leaves for Llama-3-8B
 
 
 class UnavailableError(Exception):
@@ -85,20 +86,20 @@ def mooncake(rows: Iterable[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(rows: Iterable[Row]) -> dict[str, Any]:
+def run(rows: Iterable[Row], engines: Engines = Engines()) -> dict[str, Any]:
     """Replay a job once: seconds of the loop and of the whole call, peak memory, and what its simulated fleet did."""
     python = install()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "job.jsonl"
         trace.write_text(mooncake(rows), encoding="utf-8")
-        command = [str(python), __file__, "--inside", str(trace)]
+        command = [str(python), __file__, str(trace), "--inside", json.dumps(asdict(engines))]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise UnavailableError(f"DynoSim failed: {(ended.stderr.strip() or 'no reason given').splitlines()[-1]}")
     return dict(json.loads(ended.stdout.splitlines()[-1]))
 
 
-def inside(trace: str) -> None:
+def inside(trace: str, engines: Engines) -> None:
     """In DynoSim's environment: replay the trace and print what it took."""
     import resource
 
@@ -106,11 +107,19 @@ def inside(trace: str) -> None:
     from dynamo._core import _normalize_mocker_config  # type: ignore[import-not-found]
     from dynamo.replay import run_trace_replay  # type: ignore[import-not-found]
 
+    engine = {
+        "max_num_seqs": engines.sequences,
+        "max_num_batched_tokens": engines.chunk,
+        "block_size": BLOCK,
+        "num_gpu_blocks": engines.kv_tokens // BLOCK,
+        "enable_prefix_caching": False,
+        "enable_chunked_prefill": True,
+    }
     imported, used = time.perf_counter(), time.process_time()
     report = run_trace_replay(
         trace,
-        extra_engine_args=_normalize_mocker_config({"engine": ENGINE}),
-        num_workers=REPLICAS,
+        extra_engine_args=_normalize_mocker_config({"engine": engine}),
+        num_workers=engines.replicas,
         router_mode="round_robin",
         trace_block_size=PREFIX_BLOCK,
     )
@@ -143,10 +152,10 @@ def read_job(path: str | Path) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job")
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
-        inside(options.job)
+        inside(options.job, Engines(**json.loads(options.inside)))
         return
     try:
         took = run(read_job(options.job))
