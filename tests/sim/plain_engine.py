@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from polyserve.core.chunking import Prefill, Verdict, chunk_law, plan_prefill
@@ -22,6 +23,7 @@ class Resident:
     blocks: int = 0
     admission: int | None = None  # None: waits for a seat
     chunk: int = 0
+    brought: bool = False  # its KV came along and waits for blocks
     relegated: bool = False
     worst_s: float = -math.inf
     first_at: float | None = None
@@ -45,9 +47,12 @@ class Outcome:
 
 
 class PlainEngine:
-    """Exact (no jitter), its believed profile true."""
+    """One that never corrects what it believes: exact, or jittering without correction."""
 
-    def __init__(self, instance: Instance, profile: Profile, settings: Settings) -> None:
+    def __init__(
+        self, instance: Instance, profile: Profile, settings: Settings, stretch: Callable[[], float] = lambda: 1.0
+    ) -> None:
+        self.stretch = stretch
         self.profile, self.deadline, self.relegates = profile, instance.order == "deadline", settings.relegate
         self.law = chunk_law(instance, profile, settings.chunk_bound, settings.chunk_floor_tokens)
         self.block = profile.limits.block_size
@@ -60,7 +65,7 @@ class PlainEngine:
         self.outcome = Outcome()
 
     def submit(self, job: Job) -> None:
-        self.enqueue(Resident(job, self.arrivals, job.resume_from))
+        self.enqueue(Resident(job, self.arrivals, job.resume_from, brought=job.brings_kv))
         self.arrivals += 1
 
     def enqueue(self, resident: Resident) -> None:
@@ -72,7 +77,7 @@ class PlainEngine:
         self.queue.sort(key=lambda r: (r.relegated, r.due_at if self.deadline else 0.0, r.arrival))
 
     def relegate(self, now: float, kv: int) -> None:
-        while self.queue and not (head := self.queue[0]).relegated and head.admission is None:
+        while self.queue and not (head := self.queue[0]).relegated and head.admission is None and not head.brought:
             at_once = self.profile.iteration_s(head.target, len(self.decoding), kv, attention_work(head.target, 0))
             if now + at_once <= head.due_at:
                 return
@@ -84,6 +89,7 @@ class PlainEngine:
             for resident in [r for r in residents if r.job.id == id]:
                 residents.remove(resident)
                 self.give_back(resident)
+        self.outcome.preempted = [other for other in self.outcome.preempted if other != id]
 
     def give_back(self, resident: Resident) -> None:
         self.free += resident.blocks
@@ -103,6 +109,23 @@ class PlainEngine:
     def blocks_for(self, tokens: int) -> int:
         return math.ceil(tokens / self.block)
 
+    def join_brought(self) -> None:
+        """Whoever brought its KV decodes at once, unless somebody before it in the queue waits too."""
+        for resident in list(self.queue):
+            if resident.admission is not None:
+                continue
+            context = resident.target - 1
+            blocks = self.blocks_for(context + 1)
+            if not resident.brought or len(self.running()) >= self.seats or blocks > self.free:
+                return
+            self.queue.remove(resident)
+            self.decoding.append(resident)
+            resident.brought = False
+            resident.admission = self.admissions
+            self.admissions += 1
+            resident.computed, resident.blocks = context, blocks
+            self.free -= blocks
+
     def able(self) -> list[tuple[Resident, Prefill]]:
         """Who may get a chunk now, and how much of the prompt that may be."""
         able: list[tuple[Resident, Prefill]] = []
@@ -114,7 +137,7 @@ class PlainEngine:
             left = resident.target - resident.computed
             room = (resident.blocks + free) * self.block - resident.computed
             if resident.admission is None:
-                closed = closed or seats == 0 or room < left
+                closed = closed or seats == 0 or room < left or resident.brought
                 if closed:
                     continue
                 seats -= 1
@@ -136,9 +159,11 @@ class PlainEngine:
             if resident.computed % self.block == 0:
                 resident.blocks += 1
                 self.free -= 1
-        kv = sum(r.computed + 1 for r in self.decoding)
         if self.relegates:
-            self.relegate(now, kv)
+            self.relegate(now, sum(r.computed + 1 for r in self.decoding))
+        if not self.outcome.preempted:
+            self.join_brought()
+        kv = sum(r.computed + 1 for r in self.decoding)
         able = self.able()
         head_due_at = able[0][0].due_at if able and not able[0][0].relegated else math.inf
         pace_s = min([self.pace_s, *(r.tpot_s for r in self.running())])
@@ -158,7 +183,8 @@ class PlainEngine:
                 self.start(resident, chunk)
                 work += attention_work(chunk, prefill.past)
         self.outcome.shape = (sum(chunks), len(self.decoding), kv)
-        return to_microsecond(now + self.profile.iteration_s(sum(chunks), len(self.decoding), kv, work))
+        seconds = self.stretch() * self.profile.iteration_s(sum(chunks), len(self.decoding), kv, work)
+        return to_microsecond(now + seconds)
 
     def start(self, resident: Resident, chunk: int) -> None:
         if resident.admission is None:
@@ -189,7 +215,8 @@ class PlainEngine:
         resident.generated += 1
         if resident.first_at is None:
             resident.first_at = now
-            self.outcome.first.append(job.id)
+            if not job.brings_kv:
+                self.outcome.first.append(job.id)
         if resident.generated == job.output_tokens:
             self.decoding.remove(resident)
             self.give_back(resident)

@@ -60,7 +60,8 @@ def workloads(draw: st.DrawFn, prompt: int = 300, output: int = 30, cancels: boo
         made = draw(st.integers(1, output))
         resumed = draw(st.integers(0, made - 1)) if draw(st.booleans()) else 0
         at = draw(st.sampled_from([0.0, 0.0, 0.01, 0.05, 0.1]))
-        jobs.append(Job(f"r{n}", draw(st.integers(1, prompt)), made, draw(slos), at, resumed))
+        brings = resumed > 0 and draw(st.booleans())
+        jobs.append(Job(f"r{n}", draw(st.integers(1, prompt)), made, draw(slos), at, resumed, brings))
     gone = st.tuples(milliseconds, st.sampled_from([job.id for job in jobs]))
     ends = draw(st.lists(gone, max_size=3)) if cancels else []
     return Workload(tuple(sorted(jobs, key=lambda j: j.arrived_at)), tuple(sorted(ends)), draw(paces))
@@ -198,7 +199,8 @@ def test_nothing_happens_before_its_cause(machine: tuple[Instance, Profile, Sett
             assert step.began_at >= arrived[id]
             assert first.setdefault(id, step.ended_at) == step.ended_at
         for done in step.result.finished:
-            assert done.first_token_at == first[done.id] <= done.last_token_at == step.ended_at
+            began_at = first.get(done.id, done.first_token_at)
+            assert arrived[done.id] < done.first_token_at == began_at <= done.last_token_at == step.ended_at
 
 
 @settings(max_examples=150)
@@ -302,6 +304,45 @@ def test_tokens_delivered_elsewhere_are_computed_like_a_prompt_and_not_made_agai
     at = subject.begin(at)
     assert at is not None
     assert [d.output_tokens for d in subject.end(at).finished] == [7]
+
+
+def test_a_request_that_brings_its_kv_decodes_at_once_and_has_no_first_token_here() -> None:
+    subject = engine()
+    subject.submit(0.0, Job("a", 20, 3, None, 0.0, resume_from=1, brings_kv=True))
+    assert subject.prefilling() == {}
+    at = subject.begin(0.0)
+    assert at == to_microsecond(profile().iteration_s(0, 1, 21))
+    result = subject.end(at)
+    assert (result.tokens, result.first, result.decodes) == (["a"], [], 1)
+    assert (subject.kv_tokens, subject.kv_allocated) == (21, 32)
+    second_at = subject.begin(at)
+    assert second_at is not None
+    assert subject.end(second_at).finished == [Done("a", 3, -math.inf, at, second_at)]
+    assert (subject.kv_tokens, subject.kv_allocated) == (0, 0)
+
+
+def test_a_request_that_brings_its_kv_waits_for_its_blocks_behind_whoever_came_before() -> None:
+    subject = engine(Instance("i", "small", order="fcfs", kv_tokens=96))
+    subject.submit(0.0, Job("holds", 60, 6, None, 0.0))
+    at = subject.begin(0.0)
+    assert at is not None
+    subject.end(at)
+    subject.submit(at, Job("prompt", 40, 2, None, 0.0))
+    subject.submit(at, Job("brings", 20, 3, None, 0.0, resume_from=1, brings_kv=True))
+    assert subject.prefilling() == {"prompt": 40}
+    ends = []
+    while (end := subject.begin(at)) is not None:
+        at = end
+        ends += [done.id for done in subject.end(at).finished]
+        if "holds" not in ends:
+            assert subject.waiting == 2, "there was no room for the first in the queue, so nobody joins"
+    assert ends == ["holds", "prompt", "brings"]
+    assert subject.preemptions == 0
+
+
+def test_a_request_that_brings_its_kv_has_had_its_first_token() -> None:
+    with pytest.raises(ValueError, match="resume_from is at least 1"):
+        engine().submit(0.0, Job("a", 20, 3, None, 0.0, brings_kv=True))
 
 
 def test_the_earliest_deadline_is_computed_first_and_best_effort_last() -> None:

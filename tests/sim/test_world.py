@@ -26,10 +26,12 @@ from polyserve.core.types import (
     Finished,
     FirstToken,
     Instance,
+    Joined,
     Lost,
     Progressed,
     Refuse,
     Request,
+    Role,
     SetPace,
     Slo,
     Start,
@@ -38,9 +40,12 @@ from polyserve.core.types import (
 )
 from polyserve.journal import JournalWriter, Step, read_journal, replay
 from polyserve.progress import REPORT_EVERY_S, ProgressCollector
+from polyserve.sim.bank import Bank
 from polyserve.sim.engine import Engine, Job
-from polyserve.sim.sight import GatewaySight
-from polyserve.sim.spec import Faults, Run, SimulationSpec
+from polyserve.sim.sight import SIGHTS
+from polyserve.sim.sight import report as read_report
+from polyserve.sim.spec import Faults, Group, Run, SimulationSpec
+from polyserve.sim.turns import FINISHED
 from polyserve.sim.world import simulate
 
 PROFILE = Profile("small", (0, 64, 512), (0.004, 0.005, 0.02), 2e-5, 1e-6, 1e-8, Limits(4096, 16, 256))
@@ -311,6 +316,32 @@ def test_looks_show_labels_and_loads() -> None:
     assert {instance for _, instance, _ in run.labels} <= {"i0", "i1"}
 
 
+def test_a_mixed_fleet_has_each_group_with_its_own_profile_and_rule() -> None:
+    fast = replace(PROFILE, name="fast", knot_s=(0.002, 0.0025, 0.01))
+    others = (Group(fast, 2, chunk=ChunkRule("fixed", 64), order="fcfs"), Group(PROFILE, 1, role=Role.DECODE))
+    what = replace(spec(steady(90), instances=1, name="round-robin"), others=others)
+    run, steps, _ = journalled(what)
+    joined = [s.event.instance for s in steps if isinstance(s.event, Joined)]
+    assert joined == [
+        Instance("i0", "small"),
+        Instance("i1", "fast", ChunkRule("fixed", 64), "fcfs"),
+        Instance("i2", "fast", ChunkRule("fixed", 64), "fcfs"),
+        Instance("i3", "small", role=Role.DECODE),
+    ]
+    tpots: dict[str, list[float]] = {}
+    for outcome in run.outcomes:
+        assert outcome.instance is not None
+        assert outcome.tpot_s is not None
+        tpots.setdefault(outcome.instance, []).append(outcome.tpot_s)
+    assert max(tpots["i1"]) < min(tpots["i0"]), "each runs by its own profile"
+
+
+def test_profiles_of_one_name_are_the_same() -> None:
+    what = replace(spec(steady(1)), others=(Group(replace(PROFILE, knot_s=(0.002, 0.0025, 0.01)), 1),))
+    with pytest.raises(AssertionError, match="same name"):
+        simulate(what)
+
+
 # ------------------------------------------------------------------------------------------------- what is seen
 
 
@@ -351,22 +382,37 @@ jobs = st.builds(
 def test_a_gateway_sees_what_the_live_gateway_would_gather_from_the_same_streams(
     planned: list[tuple[int, Job]],
 ) -> None:
-    engine = Engine(Instance("i0", "small"), PROFILE, PROFILE, settings=policy("polyserve"))
-    sight, collector = GatewaySight(engine), ProgressCollector("i0")
+    bank = Bank()
+    alone = Engine(Instance("i0", "small"), PROFILE, PROFILE, settings=policy("polyserve"))
+    engine = Engine(alone.instance, PROFILE, PROFILE, settings=policy("polyserve"), bank=bank)
+    collector = ProgressCollector("i0")
     waiting, now, iterations = sorted(planned, key=lambda p: p[0]), 0.0, 0
+
+    def submit(job: Job) -> None:
+        for one in (alone, engine):
+            one.submit(now, job)
+        bank.wake(engine.row)
+
     while waiting or engine.residents:
-        while waiting and (waiting[0][0] <= iterations or not engine.residents):
-            engine.submit(now, waiting.pop(0)[1])
-        end = engine.begin(now)
+        if not engine.residents:
+            submit(waiting.pop(0)[1])
+        end = alone.begin(now)
         assert end is not None
+        bank.advance(now, now, inclusive=False, wake=True, quiet_until=now, sight=SIGHTS["gateway"])
+        while waiting and waiting[0][0] <= iterations:  # in the middle of the iteration
+            submit(waiting.pop(0)[1])
+        told = bank.advance(now, end, inclusive=True, wake=False, quiet_until=-math.inf, sight=SIGHTS["gateway"])
         now = end
-        result = engine.end(now)
+        result = alone.end(now)
         iterations += 1
         collector.tokens(now, [r for r in result.tokens if r not in result.first], result.first)
         for done in result.finished:
             collector.drop(done.id)
         gathered = collector.report(now) if result.tokens else None
-        assert sight.ended(now, result) == gathered
+        assert (read_report(bank, engine, SIGHTS["gateway"]) if bank.reported >= 0 else None) == gathered
+        for line in told:
+            if line.kind == FINISHED:
+                engine.forget(line.slot)
 
 
 def test_engines_are_told_the_pace_of_their_tier() -> None:

@@ -14,7 +14,11 @@ A decode that finds no block has the resident that matters least preempted: the 
 the latest (best effort first). It loses its KV and queues again, what it had generated being part of its
 prompt; nobody joins in such an iteration.
 
-The state is a structure of arrays that `sim/kernels.py` works on; Python sees only what changed.
+A request handed over by another engine may bring its KV along (`Job.brings_kv`): it queues like the others,
+needs a seat and the blocks of its context, and then decodes; once preempted it is computed like any other.
+
+The state is a row of a bank of arrays (`sim/bank.py`) that compiled loops work on; Python sees only what
+changed. An engine alone is run by `begin` and `end`, those of a world by `Bank.advance`.
 """
 
 from __future__ import annotations
@@ -24,20 +28,15 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
-import numpy as np
-
 from polyserve.core.chunking import chunk_law
-from polyserve.core.kernels import FORCED
+from polyserve.core.kernels import Vector
 from polyserve.core.profile import Profile
 from polyserve.core.settings import Settings
 from polyserve.core.types import Instance, Iteration, RequestId, Slo
 from polyserve.sim import kernels as k
+from polyserve.sim.bank import NOISE, Bank
 
-FIRST_SLOTS = 64
-# Share of the newest iteration in the engine's own view of observed over believed time: about 20 iterations
-# of memory, half a second at the paces served.
-NEWEST = 0.05
-# Spreads of that ratio which a deadline-bound chunk leaves free: jitter's one in a thousand.
+# Spreads of observed over believed time which a deadline-bound chunk leaves free: jitter's one in a thousand.
 SIGMAS = 3.0
 
 
@@ -55,6 +54,7 @@ class Job:
     slo: Slo | None
     arrived_at: float  # at the system's door: what deadlines count from
     resume_from: int = 0
+    brings_kv: bool = False  # of its prompt and of all delivered tokens but the last: there is nothing to prefill
 
 
 class Done(NamedTuple):
@@ -87,7 +87,7 @@ class IterationResult:
     def tokens(self) -> list[RequestId]:
         """Who got a token: the decodes, oldest first, then the prompts that came to their end."""
         assert self._version == self._engine._version, "the engine has moved on"
-        return self._engine._named(self._engine._lists[k.TOKENS, : self._engine._state[k.TOKENS]])
+        return self._engine._listed(k.TOKENS)
 
     @property
     def decodes(self) -> int:
@@ -115,6 +115,7 @@ class Engine:
         settings: Settings,
         noise: Random | None = None,
         jitter: float = 0.0,
+        bank: Bank | None = None,
     ) -> None:
         assert jitter == 0.0 or noise is not None, "jitter wants a source of noise"
         law = chunk_law(instance, believed, settings.chunk_bound, settings.chunk_floor_tokens)
@@ -123,27 +124,29 @@ class Engine:
         self.kv_capacity = (instance.kv_tokens or true.limits.kv_tokens) // self.block_size * self.block_size
         # vLLM does not start with more seats than the tokens of an iteration.
         self.max_num_seqs = min(instance.max_num_seqs or true.limits.max_num_seqs, law.tokens)
-        self.iterations = self.preemptions = self.forced_chunks = 0
-        self.running = False
-        self._true, self._believed = true.packed, believed.packed
-        self._exact = jitter == 0.0 and np.array_equal(self._true, self._believed)
         self._noise, self._jitter = noise, jitter
-        self._correct, self._sigmas = settings.correction, SIGMAS * settings.safety_sigma
-        self._off = self._ratio = self._margin = 1.0
-        self._variance = 0.0
-        self.pace_s = math.inf
-        self._shape = (0.0, 0.0, 0, 0, 0)
         self._slots: dict[RequestId, int] = {}
-        self._ids: list[RequestId] = [""] * FIRST_SLOTS
-        self._unused = list(range(FIRST_SLOTS - 1, -1, -1))
+        self._ids: list[RequestId] = []
+        self._unused: list[int] = []
         self._sequence = self._version = 0
-        self._allocate(FIRST_SLOTS)
-        state = self._state
+        self._state: k.IntVector
+        self._clock: Vector
+        self._bank = bank if bank is not None else Bank()
+        self.row = self._bank.take(self)
+        self.take_hold()
+        state, clock = self._state, self._clock
         state[k.FREE] = self.kv_capacity // self.block_size
         state[k.BLOCK], state[k.SEATS] = self.block_size, self.max_num_seqs
         state[k.BY_DEADLINE], state[k.RELEGATES] = instance.order == "deadline", settings.relegate
         state[k.KIND], state[k.LAW_TOKENS] = law.kind, law.tokens
         state[k.SPEND], state[k.FLOOR] = law.spend_slack, law.floor
+        state[k.TRUE], state[k.BELIEVED] = self._bank.learn_profile(true), self._bank.learn_profile(believed)
+        state[k.LEARNS] = settings.correction and (jitter > 0 or state[k.TRUE] != state[k.BELIEVED])
+        state[k.JITTERS], state[k.DRAWN] = jitter > 0, NOISE
+        clock[k.PACE] = math.inf
+        clock[k.RATIO] = clock[k.MARGIN] = clock[k.STRETCH] = clock[k.OFF] = 1.0
+        clock[k.SIGMAS] = SIGMAS * settings.safety_sigma
+        clock[k.TOKENS_AT] = clock[k.REPORTED_AT] = -math.inf
 
     def __repr__(self) -> str:
         return (
@@ -151,26 +154,26 @@ class Engine:
             f"{self.kv_tokens}/{self.kv_capacity} KV tokens, {self.iterations} iterations)"
         )
 
-    def _allocate(self, slots: int) -> None:
-        self._ints = np.zeros((k.INT_ROWS, slots), np.int64)
-        self._floats = np.zeros((k.FLOAT_ROWS, slots))
-        self._lists = np.zeros((k.LIST_ROWS, slots), np.int64)
-        self._work = np.zeros((k.WORK_ROWS, slots))
-        self._state = np.zeros(k.STATE_LENGTH, np.int64)
-
-    def _grow(self) -> None:
+    def take_hold(self) -> None:
+        """Look up the arrays of the engine's row; they are replaced when the bank grows."""
+        bank, row = self._bank, self.row
+        self._ints, self._floats, self._lists = bank.ints[row], bank.floats[row], bank.lists[row]
+        self._state, self._clock = bank.state[row], bank.clock[row]
         old = len(self._ids)
-        ints, floats, lists, state = self._ints, self._floats, self._lists, self._state
-        self._allocate(2 * old)
-        self._ints[:, :old], self._floats[:, :old], self._lists[:, :old] = ints, floats, lists
-        self._state[:] = state
-        self._ids += [""] * old
-        self._unused = list(range(2 * old - 1, old - 1, -1))
+        self._ids += [""] * (bank.slots - old)
+        self._unused[:0] = range(bank.slots - 1, old - 1, -1)
+
+    def draw(self) -> float:
+        """What the next iteration's true time is stretched by."""
+        assert self._noise is not None
+        return max(0.5, 1.0 + self._jitter * self._noise.gauss())
 
     def submit(self, now: float, job: Job) -> None:
         """Take in a request; raises `ValueError` for one that this engine can never finish."""
         if job.prompt_tokens < 1 or not 0 <= job.resume_from < job.output_tokens:
             raise ValueError(f"request {job.id}: wants a prompt and at least one token to make: {job}")
+        if job.brings_kv and not job.resume_from:
+            raise ValueError(f"request {job.id}: brings its KV, so its first token was made: resume_from is at least 1")
         # The last token's KV is never computed.
         if job.prompt_tokens + job.output_tokens - 1 > self.kv_capacity:
             raise ValueError(
@@ -179,7 +182,7 @@ class Engine:
             )
         assert job.id not in self._slots, f"request {job.id} is here already"
         if not self._unused:
-            self._grow()
+            self._bank.widen()
         slot = self._unused.pop()
         self._slots[job.id] = slot
         self._ids[slot] = job.id
@@ -195,6 +198,7 @@ class Engine:
             job.prompt_tokens,
             job.output_tokens,
             job.resume_from,
+            job.brings_kv,
             math.inf if job.slo is None else job.slo.due_at(job.arrived_at, 0),
             math.inf if job.slo is None else job.slo.tpot_s,
         )
@@ -204,82 +208,88 @@ class Engine:
         if id not in self._slots:
             return False
         k.drop(self._ints, self._lists, self._state, self._slots[id])
-        self._forget(id)
+        self._unused.append(self._slots.pop(id))
         return True
 
     def set_pace(self, pace_s: float) -> None:
         """Bound iterations with a dynamic chunk; a tighter running resident bounds them still."""
-        self.pace_s = pace_s
+        self._clock[k.PACE] = pace_s
 
     def begin(self, now: float) -> float | None:
         """Start the next iteration and say when it ends; None when one runs or there is no work."""
-        if self.running or not self._slots:
+        if self._state[k.BUSY] or not self._slots:
             return None
-        stretch = 1.0
+        bank, clock = self._bank, self._clock
         if self._jitter:
-            assert self._noise is not None
-            stretch = max(0.5, 1.0 + self._jitter * self._noise.gauss())
-        ends_at, length, self._off, prefill, decodes, kv, verdict = k.compose(
-            self._true,
-            self._believed,
-            self._ints,
-            self._floats,
-            self._lists,
-            self._state,
-            self._work,
-            now,
-            self.pace_s,
-            self._ratio,
-            self._margin,
-            stretch,
-        )
-        assert prefill + decodes > 0, f"{self} stands still"
-        if verdict == FORCED:
-            self.forced_chunks += 1
-        self._shape = (ends_at, length, prefill, decodes, kv)
-        self.running = True
-        return ends_at
+            clock[k.STRETCH] = self.draw()
+        goes = k.compose(bank.profiles, self._ints, self._floats, self._lists, self._state, clock, bank.work, now)
+        assert goes, f"{self} stands still"
+        return float(clock[k.ENDS_AT])
 
     def end(self, now: float) -> IterationResult:
         """Finish the running iteration: `now` is when `begin` said it ends, or later if the body was late."""
-        assert self.running, "no iteration runs"
-        self.running = False
-        self.iterations += 1
+        state, clock, lists = self._state, self._clock, self._lists
+        assert state[k.BUSY], "no iteration runs"
         self._version += 1
-        lists = self._lists
-        firsts, finishes, thrown = k.settle(self._ints, self._floats, lists, self._state, now)
-        preempted = self._named(lists[k.PREEMPTED, :thrown]) if thrown else []
-        self.preemptions += thrown
-        first = self._named(lists[k.FIRST, :firsts]) if firsts else []
-        finished = [self._done(slot, now) for slot in lists[k.FINISHED, :finishes].tolist()] if finishes else []
-        if self._correct and not self._exact:
-            self._learn()
-        return IterationResult(self, first, finished, preempted, self._shape)
+        news = k.settle(self._ints, self._floats, lists, state, clock, now)
+        prefill, decodes, kv = state[k.PREFILL : k.KV + 1].tolist()
+        shape = (clock.item(k.ENDS_AT), clock.item(k.LENGTH), prefill, decodes, kv)
+        if not news:
+            return IterationResult(self, [], [], [], shape)
+        ints, floats = self._ints, self._floats
+        finished = [
+            Done(self.forget(s), ints.item(k.GENERATED, s), floats.item(k.WORST, s), floats.item(k.FIRST_AT, s), now)
+            for s in lists[k.FINISHED, : state[k.FINISHED]].tolist()
+        ]
+        return IterationResult(self, self._listed(k.FIRST), finished, self._listed(k.PREEMPTED), shape)
 
-    def _named(self, slots: k.IntVector) -> list[RequestId]:
+    def named(self, slots: list[int]) -> list[RequestId]:
+        """The requests in some slots."""
         ids = self._ids
-        return [ids[slot] for slot in slots.tolist()]
+        return [ids[slot] for slot in slots]
 
-    def _done(self, slot: int, now: float) -> Done:
-        id, floats = self._ids[slot], self._floats
-        self._forget(id)
-        return Done(
-            id,
-            self._ints.item(k.GENERATED, slot),
-            floats.item(k.WORST, slot),
-            floats.item(k.FIRST_AT, slot),
-            now,
-        )
+    def name(self, slot: int) -> RequestId:
+        """The request in a slot."""
+        return self._ids[slot]
 
-    def _forget(self, id: RequestId) -> None:
+    def forget(self, slot: int) -> RequestId:
+        """Free the slot of a request that has finished; returns which it was."""
+        id = self._ids[slot]
         self._unused.append(self._slots.pop(id))
+        return id
 
-    def _learn(self) -> None:
-        """Take the iteration that just ended into the ratio of observed to believed time, and its spread."""
-        off = self._off - self._ratio
-        self._ratio += NEWEST * off
-        self._variance += NEWEST * (off * off - self._variance)
-        self._margin = 1.0 + self._sigmas * math.sqrt(self._variance)
+    def _listed(self, row: int) -> list[RequestId]:
+        return self.named(self._lists[row, : self._state[row]].tolist())
+
+    @property
+    def busy(self) -> bool:
+        """Whether an iteration runs."""
+        return bool(self._state[k.BUSY])
+
+    @property
+    def pace_s(self) -> float:
+        """The bound on iterations."""
+        return float(self._clock[k.PACE])
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of all iterations begun."""
+        return float(self._clock[k.BUSY_S])
+
+    @property
+    def iterations(self) -> int:
+        """Iterations ended."""
+        return int(self._state[k.ITERATIONS])
+
+    @property
+    def preemptions(self) -> int:
+        """How often somebody was thrown out."""
+        return int(self._state[k.PREEMPTIONS])
+
+    @property
+    def forced_chunks(self) -> int:
+        """Chunks that cost somebody's deadline."""
+        return int(self._state[k.FORCED_CHUNKS])
 
     @property
     def residents(self) -> int:
@@ -314,11 +324,11 @@ class Engine:
     def token_counts(self) -> dict[RequestId, int]:
         """Output tokens of every resident that decodes."""
         slots = self._lists[k.DECODING, : self._state[k.DECODING]]
-        ids = self._ids
-        return dict(zip([ids[s] for s in slots.tolist()], self._ints[k.GENERATED, slots].tolist(), strict=True))
+        return dict(zip(self.named(slots.tolist()), self._ints[k.GENERATED, slots].tolist(), strict=True))
 
     def prefilling(self) -> dict[RequestId, int]:
         """Prompt tokens still to compute of every resident that does not decode, waiting or not."""
         slots = self._lists[k.QUEUE, : self._state[k.QUEUE]]
+        slots = slots[self._ints[k.BROUGHT, slots] == 0]
         left = self._ints[k.TARGET, slots] - self._ints[k.COMPUTED, slots]
-        return dict(zip(self._named(slots), left.tolist(), strict=True))
+        return dict(zip(self.named(slots.tolist()), left.tolist(), strict=True))

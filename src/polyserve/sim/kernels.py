@@ -1,10 +1,11 @@
 """The compiled loops of the simulated engine; `tests/sim/plain_engine.py` is the plain twin that they are
 held to.
 
-An engine's state is five arrays, so that a call costs a microsecond and an iteration does not visit
-residents in Python: `ints` and `floats` have a column per slot (one request each), `lists` holds ordered
-slot numbers, `state` the engine's counters and limits, `work` scratch for one iteration. The rules are told
-in `sim/engine.py`.
+An engine's state is five arrays, so that an iteration visits no resident in Python: `ints` and `floats`
+have a column per slot (one request each), `lists` holds ordered slot numbers, `state` the engine's counters
+and limits, `clock` its times and ratios. `work` is scratch for one iteration, `profiles` has a row per
+profile. `sim/bank.py` keeps them for one engine or for many, `sim/turns.py` runs many. The rules are told in
+`sim/engine.py`.
 """
 
 from __future__ import annotations
@@ -13,23 +14,38 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from polyserve.core.kernels import Matrix, Vector, iteration_s, plan_prefill
+from polyserve.core.kernels import FIXED, FORCED, Matrix, Vector, iteration_s, plan_prefill
 
 IntVector = NDArray[np.int64]
 IntMatrix = NDArray[np.int64]
 
 # Rows of `ints`: PROMPT without and TARGET with the tokens generated before it was queued; ADMITTED is the
-# number of its admission; RELEGATED, whether it waits behind all that can still be in time.
-PROMPT, TARGET, COMPUTED, GENERATED, OUTPUT, BLOCKS, SEQUENCE, RUNS, ADMITTED, CHUNK, RELEGATED, INT_ROWS = range(12)
+# number of its admission; RELEGATED, whether it waits behind all that can still be in time; BROUGHT, whether its KV
+# came along and waits with it.
+(PROMPT, TARGET, COMPUTED, GENERATED, OUTPUT, BLOCKS, SEQUENCE, RUNS, ADMITTED, CHUNK, RELEGATED, BROUGHT,
+ INT_ROWS) = range(13)  # fmt: skip
 # Rows of `floats`: BASE is when token 0 is due, infinite (like TPOT) without an SLO.
 BASE, TPOT, WORST, FIRST_AT, FLOAT_ROWS = range(5)
-# Rows of `lists`, with their lengths in `state`: QUEUE is everybody whose prompt is not computed, in order.
+# Rows of `lists`, with their lengths in `state`: QUEUE is everybody who does not decode, in order.
 DECODING, QUEUE, CHUNKED, TOKENS, FIRST, FINISHED, PREEMPTED, LIST_ROWS = range(8)
 # Rows of `work`.
 SLACKS, REMAINING, PAST, CHUNKS, QUEUED, WORK_ROWS = range(6)
-# `state` beyond those lengths.
-(FREE, RUNNING, HELD, ADMISSIONS, BLOCK, SEATS, BY_DEADLINE, RELEGATES, KIND, LAW_TOKENS, SPEND, FLOOR,
- STATE_LENGTH) = range(LIST_ROWS, LIST_ROWS + 13)  # fmt: skip
+# `state` beyond those lengths: what is free and held; the limits; profiles by row; whether an iteration runs, and its
+# shape (JOINED of the decodes brought their KV and decode here for the first time); counters; what `turns` keeps.
+(
+    FREE, RUNNING, HELD, ADMISSIONS, BLOCK, SEATS, BY_DEADLINE, RELEGATES, KIND, LAW_TOKENS, SPEND, FLOOR, TRUE,
+    BELIEVED, LEARNS, BUSY, PREFILL, DECODES, KV, JOINED, ITERATIONS, PREEMPTIONS, FORCED_CHUNKS,
+    BEGUN, PLACE, LENGTHS, JITTERS, DRAWN, STATE_LENGTH,
+) = range(LIST_ROWS, LIST_ROWS + 29)  # fmt: skip
+# `clock`: the pace; observed over believed iteration time, what slacks are divided by besides, and its variance, with
+# the spreads that the margin counts; of the iteration that runs: what its true time is stretched by, its end, its
+# length, and its true over its believed time; seconds busy so far; and of `turns`: when tokens came last, and a report.
+PACE, RATIO, MARGIN, VARIANCE, SIGMAS, STRETCH, ENDS_AT, LENGTH, OFF, BUSY_S, TOKENS_AT, REPORTED_AT, CLOCK_LENGTH = (
+    range(13)
+)
+# Share of the newest iteration in the engine's own view of observed over believed time: about 20 iterations
+# of memory, half a second at the paces served.
+NEWEST = 0.05
 
 
 @njit(cache=True)
@@ -84,6 +100,7 @@ def admit(
     prompt: int,
     output: int,
     generated: int,
+    brought: bool,
     base: float,
     tpot: float,
 ) -> None:  # pragma: no cover - compiled
@@ -91,7 +108,7 @@ def admit(
     for row in range(INT_ROWS):
         ints[row, slot] = 0
     ints[PROMPT, slot], ints[OUTPUT, slot], ints[GENERATED, slot] = prompt, output, generated
-    ints[SEQUENCE, slot] = sequence
+    ints[SEQUENCE, slot], ints[BROUGHT, slot] = sequence, brought
     floats[BASE, slot], floats[TPOT, slot] = base, tpot
     floats[WORST, slot], floats[FIRST_AT, slot] = -np.inf, np.nan
     enqueue(ints, floats, lists, state, slot)
@@ -123,6 +140,7 @@ def drop(ints: IntMatrix, lists: IntMatrix, state: IntVector, slot: int) -> None
     """Forget a slot wherever it is, also in the middle of an iteration."""
     if not remove(lists, state, DECODING, slot):
         remove(lists, state, QUEUE, slot)
+    remove(lists, state, PREEMPTED, slot)
     release(ints, state, slot)
 
 
@@ -149,6 +167,7 @@ def preempt(ints: IntMatrix, floats: Matrix, lists: IntMatrix, state: IntVector)
     enqueue(ints, floats, lists, state, victim)
     lists[PREEMPTED, state[PREEMPTED]] = victim
     state[PREEMPTED] += 1
+    state[PREEMPTIONS] += 1
 
 
 @njit(cache=True)
@@ -175,6 +194,15 @@ def room_for_decodes(
 
 
 @njit(cache=True)
+def decodes_read(ints: IntMatrix, lists: IntMatrix, state: IntVector) -> int:  # pragma: no cover - compiled
+    """KV tokens that the decodes read, those that they make included."""
+    kv = state[DECODING]
+    for j in range(state[DECODING]):
+        kv += ints[COMPUTED, lists[DECODING, j]]
+    return int(kv)
+
+
+@njit(cache=True)
 def relegate(
     believed: Vector,
     ints: IntMatrix,
@@ -193,11 +221,40 @@ def relegate(
         slot = lists[QUEUE, 0]
         left = ints[TARGET, slot]
         at_best = now + ratio * iteration_s(believed, left, state[DECODING], kv, 0.5 * left * left)
-        if ints[RUNS, slot] or ints[RELEGATED, slot] or at_best <= next_due(ints, floats, slot):
+        if ints[RUNS, slot] or ints[BROUGHT, slot] or ints[RELEGATED, slot] or at_best <= next_due(ints, floats, slot):
             return
         ints[RELEGATED, slot] = 1
         remove(lists, state, QUEUE, slot)
         enqueue(ints, floats, lists, state, slot)
+
+
+@njit(cache=True)
+def join_brought(ints: IntMatrix, lists: IntMatrix, state: IntVector) -> None:  # pragma: no cover - compiled
+    """Give those whose KV came along their seats and blocks, the next token's included, and have them decode.
+
+    Nobody overtakes one that waits for a seat or for memory, whatever its KV.
+    """
+    j = 0
+    while j < state[QUEUE]:
+        slot = lists[QUEUE, j]
+        if ints[RUNS, slot]:
+            j += 1
+            continue
+        held = ints[TARGET, slot] - 1
+        blocks = held // state[BLOCK] + 1
+        if not ints[BROUGHT, slot] or state[RUNNING] >= state[SEATS] or blocks > state[FREE]:
+            return
+        remove(lists, state, QUEUE, slot)
+        ints[BROUGHT, slot], ints[RUNS, slot] = 0, 1
+        ints[ADMITTED, slot] = state[ADMISSIONS]
+        state[ADMISSIONS] += 1
+        state[RUNNING] += 1
+        ints[COMPUTED, slot], ints[BLOCKS, slot] = held, blocks
+        state[HELD] += held
+        state[FREE] -= blocks
+        lists[DECODING, state[DECODING]] = slot
+        state[DECODING] += 1
+        state[JOINED] += 1
 
 
 @njit(cache=True)
@@ -226,7 +283,7 @@ def able_prefills(
                     break  # nobody behind may take the room that it waits for
                 left = room
         else:
-            closed = closed or seats <= 0 or room < left
+            closed = closed or seats <= 0 or room < left or ints[BROUGHT, slot] > 0
             if closed:
                 continue
             seats -= 1
@@ -267,73 +324,93 @@ def give_chunks(
 
 
 @njit(cache=True)
-def compose(
-    true: Vector,
+def plan(
     believed: Vector,
     ints: IntMatrix,
     floats: Matrix,
     lists: IntMatrix,
     state: IntVector,
+    clock: Vector,
     work: Matrix,
     now: float,
-    pace: float,
-    ratio: float,
-    margin: float,
-    stretch: float,
-) -> tuple[float, float, float, int, int, int, int]:  # pragma: no cover - compiled
-    """Choose the next iteration's batch and take its KV.
-
-    `ratio`: observed over believed iteration time; `margin`: what slacks are divided by besides; `stretch`: of this
-    iteration's true time. Returns when it ends, its length and the length over the one believed, prefill tokens,
-    decodes, KV tokens that the decodes read, and the rule's verdict.
-    """
-    state[PREEMPTED] = 0
-    room_for_decodes(ints, floats, lists, state)
-    decodes, kv = state[DECODING], 0
-    for j in range(decodes):
-        slot = lists[DECODING, j]
-        kv += ints[COMPUTED, slot] + 1
-        pace = min(pace, floats[TPOT, slot])
-        work[SLACKS, j] = (next_due(ints, floats, slot) - now) / (ratio * margin)
-    if state[RELEGATES]:
-        relegate(believed, ints, floats, lists, state, now, kv, ratio)
-    count = able_prefills(ints, lists, state, work)
-    running = state[RUNNING] - decodes
-    for j in range(state[QUEUE]):
-        if running == 0:
-            break
-        if ints[RUNS, lists[QUEUE, j]]:
-            running -= 1
-            pace = min(pace, floats[TPOT, lists[QUEUE, j]])
-    total, verdict, attention = 0, 0, 0.0
+    kv: int,
+) -> tuple[int, float, int]:  # pragma: no cover - compiled
+    """Choose the prefills' chunks and take their KV; returns their tokens, attention work and the rule's verdict."""
     state[CHUNKED] = 0
-    if count > 0:
+    count = able_prefills(ints, lists, state, work) if state[QUEUE] > 0 else 0
+    if count == 0:
+        return 0, 0.0, 0
+    decodes, pace, head_slack = state[DECODING], np.inf, np.inf
+    if state[KIND] != FIXED:
+        pace, caution = clock[PACE], clock[RATIO] * clock[MARGIN]
+        for j in range(decodes):
+            slot = lists[DECODING, j]
+            pace = min(pace, floats[TPOT, slot])
+            work[SLACKS, j] = (next_due(ints, floats, slot) - now) / caution
+        running = state[RUNNING] - decodes
+        for j in range(state[QUEUE]):
+            if running == 0:
+                break
+            if ints[RUNS, lists[QUEUE, j]]:
+                running -= 1
+                pace = min(pace, floats[TPOT, lists[QUEUE, j]])
         head = int(work[QUEUED, 0])
-        # Nothing is forced for one whose deadline is lost.
-        due = np.inf if ints[RELEGATED, head] else next_due(ints, floats, head)
-        head_slack = (due - now) / (ratio * margin)
-        total, verdict = plan_prefill(
-            believed,
-            state[KIND],
-            state[LAW_TOKENS],
-            state[SPEND] > 0,
-            state[FLOOR],
-            pace / ratio,
-            decodes,
-            kv,
-            work[SLACKS],
-            head_slack,
-            work[REMAINING],
-            work[PAST],
-            count,
-            work[CHUNKS],
-        )
-        attention = give_chunks(ints, lists, state, work, count)
-    seconds = stretch * iteration_s(true, total, decodes, kv, attention)
-    expected = iteration_s(believed, total, decodes, kv, attention)
-    ends_at = np.rint((now + seconds) * 1e6) / 1e6  # `to_microsecond`
-    length = np.rint((ends_at - now) * 1e6) / 1e6
-    return ends_at, length, seconds / expected, total, decodes, kv, verdict
+        if not ints[RELEGATED, head]:  # nothing is forced for one whose deadline is lost
+            head_slack = (next_due(ints, floats, head) - now) / caution
+    total, verdict = plan_prefill(
+        believed,
+        state[KIND],
+        state[LAW_TOKENS],
+        state[SPEND] > 0,
+        state[FLOOR],
+        pace / clock[RATIO],
+        decodes,
+        kv,
+        work[SLACKS],
+        head_slack,
+        work[REMAINING],
+        work[PAST],
+        count,
+        work[CHUNKS],
+    )
+    return total, give_chunks(ints, lists, state, work, count), verdict
+
+
+@njit(cache=True)
+def compose(
+    profiles: Matrix,
+    ints: IntMatrix,
+    floats: Matrix,
+    lists: IntMatrix,
+    state: IntVector,
+    clock: Vector,
+    work: Matrix,
+    now: float,
+) -> bool:  # pragma: no cover - compiled
+    """Choose the next iteration's batch, take its KV and say when it ends; False when the engine stands still."""
+    state[PREEMPTED] = state[JOINED] = 0
+    room_for_decodes(ints, floats, lists, state)
+    believed = profiles[state[BELIEVED]]
+    if state[QUEUE] > 0:
+        if state[RELEGATES]:
+            relegate(believed, ints, floats, lists, state, now, decodes_read(ints, lists, state), clock[RATIO])
+        if state[PREEMPTED] == 0:
+            join_brought(ints, lists, state)
+    decodes, kv = state[DECODING], decodes_read(ints, lists, state)
+    total, attention, verdict = plan(believed, ints, floats, lists, state, clock, work, now, kv)
+    if verdict == FORCED:
+        state[FORCED_CHUNKS] += 1
+    seconds = expected = iteration_s(believed, total, decodes, kv, attention)
+    if state[TRUE] != state[BELIEVED]:
+        seconds = iteration_s(profiles[state[TRUE]], total, decodes, kv, attention)
+    seconds *= clock[STRETCH]
+    clock[ENDS_AT] = np.rint((now + seconds) * 1e6) / 1e6  # `to_microsecond`
+    clock[LENGTH] = np.rint((clock[ENDS_AT] - now) * 1e6) / 1e6
+    clock[OFF] = seconds / expected
+    clock[BUSY_S] += clock[ENDS_AT] - now
+    state[PREFILL], state[DECODES], state[KV] = total, decodes, kv
+    state[BUSY] = 1
+    return bool(total + decodes > 0)
 
 
 @njit(cache=True)
@@ -345,13 +422,36 @@ def finish(ints: IntMatrix, lists: IntMatrix, state: IntVector, slot: int) -> No
 
 
 @njit(cache=True)
+def learn(state: IntVector, clock: Vector) -> None:  # pragma: no cover - compiled
+    """Take the iteration that just ended into the ratio of observed to believed time, and its spread."""
+    off = clock[OFF] - clock[RATIO]
+    clock[RATIO] += NEWEST * off
+    clock[VARIANCE] += NEWEST * (off * off - clock[VARIANCE])
+    clock[MARGIN] = 1.0 + clock[SIGMAS] * np.sqrt(clock[VARIANCE])
+
+
+@njit(cache=True)
+def first_here(ints: IntMatrix, floats: Matrix, lists: IntMatrix, state: IntVector, now: float) -> None:
+    # pragma: no cover - compiled
+    """Note when those who brought their KV had their first token of this engine: to the client it is no first."""
+    for j in range(state[DECODING]):
+        slot = lists[DECODING, j]
+        if np.isnan(floats[FIRST_AT, slot]):
+            floats[FIRST_AT, slot] = now
+
+
+@njit(cache=True)
 def settle(
-    ints: IntMatrix, floats: Matrix, lists: IntMatrix, state: IntVector, now: float
-) -> tuple[int, int, int]:  # pragma: no cover - compiled
-    """End the running iteration; returns how many had their first token, their last, and were preempted."""
+    ints: IntMatrix, floats: Matrix, lists: IntMatrix, state: IntVector, clock: Vector, now: float
+) -> int:  # pragma: no cover - compiled
+    """End the running iteration; returns how many had their first token, their last, or were preempted."""
     decodes = state[DECODING]
+    state[BUSY] = 0
+    state[ITERATIONS] += 1
     state[FIRST] = state[FINISHED] = 0
     state[HELD] += decodes
+    if state[JOINED] > 0:
+        first_here(ints, floats, lists, state, now)
     stay = 0
     for j in range(decodes):
         slot = lists[DECODING, j]
@@ -390,4 +490,6 @@ def settle(
             lists[DECODING, stay] = slot
             stay += 1
     state[DECODING], state[TOKENS] = stay, tokens
-    return state[FIRST], state[FINISHED], state[PREEMPTED]
+    if state[LEARNS]:
+        learn(state, clock)
+    return int(state[FIRST] + state[FINISHED] + state[PREEMPTED])

@@ -25,6 +25,9 @@ class Rank(IntEnum):
     SAMPLE = 9  # looking changes nothing, so it comes last
 
 
+END = len(Rank)  # of the run: after everything else
+
+
 class Loop:
     """Runs things in order of their time; `now` is the time of the one that is running."""
 
@@ -49,9 +52,18 @@ class Loop:
         """End `run` after what is running now."""
         self._stopped = True
 
-    def run(self, until: float = math.inf) -> None:
-        """Run things in order, up to and including `until`, or to `stop`."""
+    def run(self, until: float = math.inf, before: Callable[[float, int], bool] | None = None) -> None:
+        """Run things in order, up to and including `until`, or to `stop`.
+
+        `before(time, rank)` does what is kept elsewhere and comes before the next thing here; True when it did
+        something that may have put other things here.
+        """
         heap = self._heap
-        while heap and not self._stopped and heap[0][0] <= until:
+        while not self._stopped:
+            time, rank = (heap[0][0], heap[0][1]) if heap and heap[0][0] <= until else (until, END)
+            if before is not None and before(time, rank):
+                continue
+            if rank == END:
+                return
             self.now, _, _, act, subject = heappop(heap)
             act(subject)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from polyserve.core.profile import Profile
 from polyserve.core.settings import Settings
-from polyserve.core.types import ChunkRule, InstanceId, Request, RequestId, Tier, TierName
+from polyserve.core.types import ChunkRule, Instance, InstanceId, Request, RequestId, Role, Tier, TierName
 from polyserve.report import Outcome
 
 
@@ -22,8 +22,28 @@ class Faults:
 
 
 @dataclass(frozen=True, slots=True)
+class Group:
+    """Instances that are alike."""
+
+    profile: Profile  # the true one: how long iterations last
+    count: int
+    believed: Profile | None = None  # None: the true one
+    chunk: ChunkRule = field(default_factory=ChunkRule)
+    order: Literal["deadline", "fcfs"] = "deadline"
+    role: Role = Role.MIXED
+
+    def instance(self, id: InstanceId) -> Instance:
+        """One of them, as the core is told of it."""
+        return Instance(id, (self.believed or self.profile).name, self.chunk, self.order, self.role)
+
+
+@dataclass(frozen=True, slots=True)
 class SimulationSpec:
-    """Everything a simulation rests on; the same spec gives the same journal."""
+    """Everything a simulation rests on; the same spec gives the same journal.
+
+    A fleet of one kind is told by `profile`, `instances` and so on; `others` are the groups of a mixed fleet beside
+    it. Instances are numbered through, and those that the core starts are of the first kind.
+    """
 
     requests: Sequence[tuple[Request, int]]  # with the output tokens each will have, in order of arrival
     tiers: tuple[Tier, ...]
@@ -42,6 +62,13 @@ class SimulationSpec:
     faults: Faults = Faults()
     drain_s: float = 120.0  # how long requests may still finish after the last arrival
     samples: int = 300  # looks at the load of every instance, evenly over the run
+    role: Role = Role.MIXED  # of the instances of `profile`
+    others: tuple[Group, ...] = ()
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The whole fleet at the start."""
+        return (Group(self.profile, self.instances, self.believed, self.chunk, self.order, self.role), *self.others)
 
 
 @dataclass(frozen=True, slots=True)

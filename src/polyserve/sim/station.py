@@ -6,8 +6,7 @@ import math
 
 from polyserve.core.types import InstanceId, Request, RequestId, TierName
 from polyserve.report import Outcome
-from polyserve.sim.engine import Done, Engine
-from polyserve.sim.sight import Sight
+from polyserve.sim.engine import Engine
 
 
 class Stream:
@@ -23,68 +22,59 @@ class Stream:
         self.due_there_at = -math.inf  # when the last dispatch reaches its engine
         self.dispatches = 0  # how often it was sent somewhere: what arrives late is known to be stale
 
-    def take(self, done: Done) -> None:
-        """The client has got what one engine made of it."""
+    def take(self, output_tokens: int, worst_lateness_s: float, first_at: float, last_at: float | None) -> None:
+        """The client has got what one engine made of it; `first_at` is NaN where that is nothing."""
+        if math.isnan(first_at):
+            return
         outcome = self.outcome
-        if not math.isnan(done.first_token_at):
-            outcome.late_s = max(outcome.late_s, done.worst_lateness_s)
-            outcome.first_at = done.first_token_at if outcome.first_at is None else outcome.first_at
-            outcome.last_at = None if math.isnan(done.last_token_at) else done.last_token_at
-            outcome.output_tokens = done.output_tokens
+        if worst_lateness_s > outcome.late_s:
+            outcome.late_s = worst_lateness_s
+        if outcome.first_at is None:
+            outcome.first_at = first_at
+        outcome.last_at = last_at
+        outcome.output_tokens = output_tokens
 
 
 class Station:
     """One simulated instance."""
 
-    __slots__ = (
-        "alive",
-        "busy_s",
-        "engine",
-        "id",
-        "idle",
-        "joined_at",
-        "looked",
-        "pace_s",
-        "residents",
-        "sight",
-        "tier",
-        "waking",
-    )
+    __slots__ = ("engine", "floor_s", "id", "joined_at", "looked", "pace_s", "residents", "tier")
 
-    def __init__(self, engine: Engine, sight: Sight, now: float) -> None:
+    def __init__(self, engine: Engine, floor_s: float, now: float) -> None:
         self.id = engine.instance.id
         self.engine = engine
-        self.sight = sight
+        self.floor_s = floor_s  # what an iteration of one lone decode takes
         self.joined_at = now
         self.residents: dict[RequestId, Stream] = {}
-        self.idle = True
-        self.waking = False  # idle, and about to begin
-        self.alive = True
         self.tier: TierName | None = None
         self.pace_s: float | None = None
-        self.busy_s = 0.0
         self.looked = (now, 0.0, 0)  # at the last look: the time, seconds busy and iterations by then
 
     def __repr__(self) -> str:
         return f"<station of {self.engine}>"
 
-    def load(self, now: float, floor_s: float, tightest_s: float) -> float:
+    def load(self, now: float, tightest_s: float) -> float:
         """The largest share taken since the last look of what an instance has to give: pace, memory, seats.
 
-        The share of the pace is that of the mean iteration beyond `floor_s`, which one lone decode takes.
+        The share of the pace is that of the mean iteration beyond `floor_s`.
         """
         engine, (then, busy_s, iterations) = self.engine, self.looked
-        self.looked = (now, self.busy_s, engine.iterations)
+        self.looked = (now, engine.busy_s, engine.iterations)
         if not engine.residents:
             return 0.0
-        busy_s, iterations = self.busy_s - busy_s, engine.iterations - iterations
+        busy_s, iterations, floor_s = self.looked[1] - busy_s, self.looked[2] - iterations, self.floor_s
         pace_s = self.pace_s or tightest_s
         paced = 0.0
         if iterations and pace_s > floor_s:
             paced = min(busy_s / (now - then), 1.0) * (busy_s / iterations - floor_s) / (pace_s - floor_s)
         return max(paced, engine.kv_allocated / engine.kv_capacity, engine.residents / engine.max_num_seqs)
 
+    def so_far(self, stream: Stream) -> None:
+        """The resident's client has what it has got so far; its last token's time is not kept."""
+        done = self.engine.so_far(stream.request.id)
+        stream.take(done.output_tokens, done.worst_lateness_s, done.first_token_at, None)
+
     def part(self, stream: Stream) -> None:
         """The resident leaves before its end; its client has what it has got so far."""
-        stream.take(self.engine.so_far(stream.request.id))
+        self.so_far(stream)
         del self.residents[stream.request.id]

@@ -8,8 +8,10 @@ engines' own times, token by token, whatever the controller knew.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable
+from dataclasses import dataclass
 from random import Random
 from time import perf_counter, perf_counter_ns
 
@@ -30,7 +32,6 @@ from polyserve.core.types import (
     Failed,
     Finished,
     FirstToken,
-    Instance,
     InstanceId,
     Joined,
     Lost,
@@ -46,10 +47,12 @@ from polyserve.core.types import (
 )
 from polyserve.journal import JournalWriter
 from polyserve.report import Ending, Outcome
-from polyserve.sim.engine import Engine, IterationResult, Job
+from polyserve.sim import turns
+from polyserve.sim.bank import Bank, Told
+from polyserve.sim.engine import Engine, Job
 from polyserve.sim.loop import Loop, Rank
-from polyserve.sim.sight import GatewaySight, PerfectSight
-from polyserve.sim.spec import Life, Look, Run, SimulationSpec
+from polyserve.sim.sight import SIGHTS, report
+from polyserve.sim.spec import Group, Life, Look, Run, SimulationSpec
 from polyserve.sim.station import Station, Stream
 
 __all__ = ["SimulationSpec", "World", "simulate"]
@@ -67,6 +70,20 @@ def simulate(
     return World(spec, journal, on_look).run()
 
 
+@dataclass(slots=True)
+class Counts:
+    """What engines have done."""
+
+    iterations: int = 0
+    preemptions: int = 0
+    forced_chunks: int = 0
+
+    def add(self, engine: Engine) -> None:
+        self.iterations += engine.iterations
+        self.preemptions += engine.preemptions
+        self.forced_chunks += engine.forced_chunks
+
+
 class World:
     """Runs one simulation."""
 
@@ -81,10 +98,13 @@ class World:
         self.loop = Loop()
         self._journal = journal
         self._on_look = on_look
-        self._believed = spec.believed or spec.profile
-        self._floor_s = spec.profile.iteration_s(0, 1, 0)
+        self._bank = Bank(sum(group.count for group in spec.groups) or 1)
+        self._sight = SIGHTS[spec.sight]
         self._tightest_s = min(tier.tpot_s for tier in spec.tiers)
         self._stations: dict[InstanceId, Station] = {}
+        self._in_row: dict[int, Station] = {}
+        self._draining: set[InstanceId] = set()
+        self._ahead = False  # engines are further than the core: nothing that it says may concern them
         self._live: dict[RequestId, Stream] = {}
         self._outcomes: list[Outcome] = []
         self._arrived = 0
@@ -92,7 +112,7 @@ class World:
         self._lives: list[Life] = []  # of those that have gone; a name may come again
         self._labels: list[tuple[float, InstanceId, TierName | None]] = []
         self._looks: list[Look] = []
-        self._gone: list[Engine] = []
+        self._counts = Counts()  # of engines that have gone
         self._unheard: set[InstanceId] = set()  # lost, but the core does not know yet
         self._armed_at: float | None = None
         self._ticks = 0
@@ -111,18 +131,27 @@ class World:
         every = max(last_at / max(spec.samples, 1), 1e-3)
         loop.at(every, Rank.SAMPLE, self._look, every)
         self._await_arrival()
-        loop.run(until=last_at + spec.drain_s if spec.requests else 0.0)
+        loop.run(last_at + spec.drain_s if spec.requests else 0.0, self._run_engines)
         self._settle()
         return self._result(perf_counter() - began)
 
     def _configure(self) -> None:
         spec = self.spec
-        profiles = {self._believed.name: self._believed.to_dict()}
+        profiles: dict[str, dict[str, object]] = {}
+        for group in spec.groups:
+            believed = group.believed or group.profile
+            plain = believed.to_dict()
+            assert profiles.setdefault(believed.name, plain) == plain, (
+                f"two profiles with the same name: {believed.name}"
+            )
         self._step(Configured(0.0, spec.settings.to_dict(), spec.tiers, profiles, spec.seed))
-        for number in range(spec.instances):
-            instance = f"i{number}"
-            self._join(instance)
-            self._ready(instance)
+        if not getattr(self.controller, "wants_progress", True):
+            self._sight = turns.BLIND
+        for group in spec.groups:
+            for _ in range(group.count):
+                instance = f"i{len(self._stations)}"
+                self._join(instance, group)
+                self._ready(instance)
 
     def _settle(self) -> None:
         """Every request was answered exactly once, or is still somewhere: on one engine, or in the core."""
@@ -142,7 +171,9 @@ class World:
         assert len(self._outcomes) == self._arrived, "a request arrived twice"
 
     def _result(self, wall_s: float) -> Run:
-        engines = [*self._gone, *(s.engine for s in self._stations.values())]
+        counts = self._counts
+        for station in self._stations.values():
+            counts.add(station.engine)
         step_us = np.asarray(self._step_ns) / 1e3
         return Run(
             outcomes=self._outcomes,
@@ -150,9 +181,9 @@ class World:
             labels=self._labels,
             lives=[*self._lives, *(Life(s.id, s.joined_at, None) for s in self._stations.values())],
             ended_at=self.loop.now,
-            iterations=sum(e.iterations for e in engines),
-            preemptions=sum(e.preemptions for e in engines),
-            forced_chunks=sum(e.forced_chunks for e in engines),
+            iterations=counts.iterations,
+            preemptions=counts.preemptions,
+            forced_chunks=counts.forced_chunks,
             steps=len(step_us),
             decision_us={"mean": float(step_us.mean()), "p99": float(np.percentile(step_us, 99))},
             wall_s=wall_s,
@@ -169,8 +200,10 @@ class World:
         if self._journal is not None:
             self._journal.write(now, event, actions)
         for action in actions:
+            assert not self._ahead, f"{action} comes too late for engines that have gone on since {event}"
             self._carry_out(action)
         if wake_at is not None and (self._armed_at is None or wake_at < self._armed_at):
+            assert not self._ahead, f"the core wants to be woken at {wake_at}, but engines have gone on since {event}"
             self._armed_at = max(wake_at, now)
             self.loop.at(self._armed_at, Rank.TICK, self._tick, self._armed_at)
 
@@ -204,7 +237,7 @@ class World:
                 if station := self._stations.get(action.instance):
                     self._tell(station, action)
             case Drain():
-                pass  # the core sends nobody there any more, and says Stop
+                self._draining.add(action.instance)  # the core sends nobody there any more, and says Stop
 
     def _tell(self, station: Station, action: Stop | Assign | SetPace) -> None:
         match action:
@@ -245,7 +278,7 @@ class World:
             self._answer(stream, "cancelled")
             if station := self._holder(stream):
                 # The engine goes on until the core has heard of it and said so.
-                stream.take(station.engine.so_far(request))
+                station.so_far(stream)
             self._step(Cancelled(self.loop.now, request))
 
     def _dispatch(self, action: Dispatch) -> None:
@@ -273,7 +306,7 @@ class World:
         )
         station.engine.submit(self.loop.now, job)
         station.residents[request.id] = stream
-        self._wake(station)
+        self._bank.wake(station.engine.row)
 
     def _take_off(self, request: RequestId, instance: InstanceId) -> None:
         """Stop computing a request; what its client has got by now stays."""
@@ -296,21 +329,25 @@ class World:
     # --------------------------------------------------------------------------------------------- instances
 
     def _start(self, instance: InstanceId) -> None:
-        self._join(instance)
+        self._join(instance, self.spec.groups[0])
         fails = self._starts.random() < self.spec.faults.failing_starts
         then = self._fail if fails else self._ready
         self.loop.at(self.loop.now + self.spec.start_up_s, Rank.INSTANCE, then, instance)
 
-    def _join(self, instance: InstanceId) -> None:
+    def _join(self, instance: InstanceId, group: Group) -> None:
         spec, now = self.spec, self.loop.now
-        described = Instance(instance, self._believed.name, spec.chunk, spec.order)
-        noise = Random(f"{spec.seed}/noise/{instance}") if spec.jitter else None
         engine = Engine(
-            described, spec.profile, self._believed, settings=spec.settings, noise=noise, jitter=spec.jitter
+            group.instance(instance),
+            group.profile,
+            group.believed or group.profile,
+            settings=spec.settings,
+            noise=Random(f"{spec.seed}/noise/{instance}") if spec.jitter else None,
+            jitter=spec.jitter,
+            bank=self._bank,
         )
-        sight = PerfectSight(engine) if spec.sight == "perfect" else GatewaySight(engine)
-        self._stations[instance] = Station(engine, sight, now)
-        self._step(Joined(now, described))
+        station = Station(engine, group.profile.iteration_s(0, 1, 0), now)
+        self._stations[instance] = self._in_row[engine.row] = station
+        self._step(Joined(now, engine.instance))
 
     def _ready(self, instance: InstanceId) -> None:
         if instance in self._stations:
@@ -334,61 +371,72 @@ class World:
         self._step(lost)
 
     def _remove(self, station: Station) -> None:
-        station.alive = False
-        self._gone.append(station.engine)
-        del self._stations[station.id]
+        self._counts.add(station.engine)
+        self._bank.give_back(station.engine.row)
+        del self._stations[station.id], self._in_row[station.engine.row]
+        self._draining.discard(station.id)
         self._lives.append(Life(station.id, station.joined_at, self.loop.now))
         self._labels.append((self.loop.now, station.id, None))
 
     # -------------------------------------------------------------------------------------------- iterations
 
-    def _wake(self, station: Station) -> None:
-        if station.idle and not station.waking:
-            station.waking = True
-            self.loop.at(self.loop.now, Rank.BEGIN, self._woken, station)
+    def _run_engines(self, time: float, rank: int) -> bool:
+        """Run what engines do before the next thing of the loop, or to the first of it that is seen; True then.
 
-    def _woken(self, station: Station) -> None:
-        station.waking = False
-        if station.alive and station.idle:
-            self._begin(station)
+        Where nobody listens, nothing waits and nothing is to be stopped when it is empty, a first token or an end
+        moves nobody before the next thing of the loop. Then engines run that far at once and the core hears of it
+        after, in order and at its times.
+        """
+        loop, bank = self.loop, self._bank
+        wake = bool(bank.woken) and (time > loop.now or rank >= Rank.BEGIN)
+        if not wake and (bank.next_at > time or (bank.next_at == time and rank <= Rank.ITERATION)):
+            return False
+        quiet = (
+            self._sight == turns.BLIND and not self.spec.lag_s and not self._draining and not self.controller.pending
+        )
+        told = bank.advance(
+            loop.now,
+            time,
+            inclusive=rank > Rank.ITERATION,
+            wake=wake,
+            quiet_until=time if quiet else -math.inf,
+            sight=self._sight,
+        )
+        if bank.last_at > loop.now:
+            loop.now = bank.last_at
+        seen = self._take_in(told) if told else []
+        if bank.reported >= 0:
+            seen.append(report(bank, self._in_row[bank.reported].engine, self._sight))
+        if not seen:
+            return False
+        if self.spec.lag_s > 0:
+            loop.at(loop.now + self.spec.lag_s, Rank.SIGHT, self._see, seen)
+            return True
+        self._ahead = seen[0].at < loop.now
+        for event in seen:
+            loop.now = event.at
+            self._step(event)
+        self._ahead = False
+        return True
 
-    def _begin(self, station: Station) -> None:
-        end = station.engine.begin(self.loop.now)
-        station.idle = end is None
-        if end is not None:
-            station.busy_s += end - self.loop.now
-            self.loop.at(end, Rank.ITERATION, self._end, station)
-
-    def _end(self, station: Station) -> None:
-        if not station.alive:
-            return
-        now = self.loop.now
-        result = station.engine.end(now)
-        report = station.sight.ended(now, result)
-        # An engine does not wait for the gateway: its next iteration begins before anybody hears of this one.
-        self._begin(station)
-        seen = self._take_in(station, result) if result.first or result.finished or result.preempted else []
-        if report is not None:
-            seen.append(report)
-        if seen and self.spec.lag_s > 0:
-            self.loop.at(now + self.spec.lag_s, Rank.SIGHT, self._see, seen)
-        else:
-            self._see(seen)
-
-    def _take_in(self, station: Station, result: IterationResult) -> list[Event]:
-        """Note what the iteration gave to whom; returns what a gateway notices at once."""
-        now = self.loop.now
-        seen: list[Event] = [FirstToken(now, request, station.id) for request in result.first]
-        for request in result.preempted:
-            if stream := station.residents.get(request):  # it may have been taken off since
-                stream.outcome.preemptions += 1
-                seen.append(Preempted(now, request, station.id))
-        for done in result.finished:
-            stream = station.residents.pop(done.id)
-            if done.id in self._live:
-                stream.take(done)
-                self._answer(stream, "finished")
-                seen.append(Finished(now, done.id, station.id, done.output_tokens))
+    def _take_in(self, told: list[Told]) -> list[Event]:
+        """Note what iterations gave to whom; returns what a gateway notices at once."""
+        seen: list[Event] = []
+        for at, kind, row, slot, output_tokens, worst_lateness_s, first_token_at in told:
+            station = self._in_row[row]
+            if kind == turns.FIRST_TOKEN:
+                seen.append(FirstToken(at, station.engine.name(slot), station.id))
+            elif kind == turns.PREEMPTED:
+                request = station.engine.name(slot)
+                station.residents[request].outcome.preemptions += 1
+                seen.append(Preempted(at, request, station.id))
+            else:
+                request = station.engine.forget(slot)
+                stream = station.residents.pop(request)
+                if request in self._live:
+                    stream.take(output_tokens, worst_lateness_s, first_token_at, at)
+                    self._answer(stream, "finished")
+                    seen.append(Finished(at, request, station.id, output_tokens))
         return seen
 
     def _see(self, seen: list[Event]) -> None:
@@ -400,7 +448,7 @@ class World:
     def _look(self, every: float) -> None:
         now = self.loop.now
         for station in self._stations.values():
-            load = station.load(now, self._floor_s, self._tightest_s)
+            load = station.load(now, self._tightest_s)
             self._looks.append(Look(now, station.id, station.tier, station.engine.residents, load))
         if self._on_look is not None:
             self._on_look(now, self._arrived)
