@@ -16,12 +16,13 @@ from polyserve.core.bound import (
     ceiling,
     feasible,
     instance_rate,
-    one_solo_ttft_s,
+    largest_solo_chunk,
     optimal_rate,
     partition_sizes,
     solo_ttft_s,
     tier_mix,
 )
+from polyserve.core.kernels import one_solo_ttft_s
 from polyserve.core.profile import Limits, Profile, attention_work
 from polyserve.core.types import ChunkRule, Slo
 
@@ -160,7 +161,7 @@ def test_alone_a_prompt_takes_the_sum_of_its_chunks(profile: Profile, prompt: in
         seconds += profile.iteration_s(chunk, 0, 0, attention_work(chunk, past))
         past += chunk
     assert solo_ttft_s(profile, rule, np.array([prompt]))[0] == pytest.approx(seconds)
-    assert one_solo_ttft_s(profile, rule, prompt) == pytest.approx(seconds)
+    assert one_solo_ttft_s(profile.packed, largest_solo_chunk(profile.limits, rule), prompt) == pytest.approx(seconds)
 
 
 def test_feasible_asks_for_the_first_token_the_last_one_and_room() -> None:

@@ -426,6 +426,34 @@ def test_a_fleet_is_walked_as_by_the_plain_rule(
         assert places[tried[count - 1]] is asked[-1][0]
 
 
+@settings(max_examples=80)
+@given(cases(), st.lists(rows(candidate=True), min_size=1, max_size=6), st.data())
+def test_a_queue_is_picked_from_as_by_the_plain_rule(
+    case: Case, waiting: list[list[float]], data: st.DataObject
+) -> None:
+    queue = np.array(waiting)
+    queue[:, R_KEY] = queue[:, R_DUE]
+    late = np.array([data.draw(st.booleans()) for _ in waiting])
+    late |= queue[:, R_DUE] == math.inf
+    most = data.draw(st.integers(0, 4))
+    case.inst[I_COUNT], case.inst[I_ENDS], case.inst[I_WAITS], case.inst[I_ROLLED] = case.count, NOW + 0.004, 1.0, NOW
+    case.inst[kernels.I_GAUGED] = -1.0
+    side = case.plainly()
+    place = plain.Place(case.profile, side.station, side.residents, 0.0, 0.0, NOW + 0.004)
+    wanted = plain.pick(
+        place, case.plain_table(), EDGE_LIST, GRID_LIST,
+        [(plain.Resident.of(row), bool(gone)) for row, gone in zip(queue.tolist(), late, strict=True)], most,
+        grow=case.grow, now=NOW,
+    )  # fmt: skip
+    own = np.zeros((max(case.count, 1), R_COLUMNS))
+    own[: case.count] = case.rows
+    at, _ = kernels.pick(
+        case.profile.packed, case.inst, own, np.zeros((G_ROWS, len(GRID))), case.table, EDGES, GRID, 1.0, queue,
+        late, 0, len(queue), 0, most, case.inst[I_PACE], case.grow, kernels.ALL_TESTS, NOW, np.zeros(F_COLUMNS),
+    )  # fmt: skip
+    assert at == wanted
+
+
 def test_an_arena_keeps_its_books_when_it_grows() -> None:
     steady = Profile("steady", (0.0, 256.0), (0.01, 0.01), 0.0, 0.0, 0.0, Limits(10**6, 512, 600))
     fleet, lengths = Fleet(["t"]), LengthModel(1, 64)

@@ -311,8 +311,9 @@ def refilled(crew: Crew, books: Books, now: float = 0.0) -> list[str]:
     return taken
 
 
-def wait(crew: Crew, id: str, tier: str | None, **job: object) -> Job:
+def wait(crew: Crew, id: str, tier: str | None, avoid: str = "", **job: object) -> Job:
     made = crew.job(id, tier, **job)  # type: ignore[arg-type]
+    made.avoid.update(avoid)
     crew.pending.push(made, 0.0)
     return made
 
@@ -404,7 +405,7 @@ def test_a_pool_instance_with_room_takes_the_tier_that_got_least() -> None:
 def test_nobody_is_offered_an_instance_that_broke_it() -> None:
     crew = steady()
     for tier in ("tight", None):
-        wait(crew, f"broken {tier}", tier).avoid.add("t")
+        wait(crew, f"broken {tier}", tier, avoid="t")
         wait(crew, f"whole {tier}", tier)
     assert refilled(crew, crew.instance("t", "tight", 1)) == ["whole tight", "whole None"]
 

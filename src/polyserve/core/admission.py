@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from polyserve.core.bound import one_solo_ttft_s
+from polyserve.core.bound import largest_solo_chunk
 from polyserve.core.fleet import Books, Job
+from polyserve.core.kernels import Vector, one_solo_ttft_s
 from polyserve.core.lengths import LengthModel
 from polyserve.core.profile import Profile
 from polyserve.core.settings import Settings
@@ -23,6 +24,8 @@ class Admission:
         self._index = {tier.name: i for i, tier in enumerate(tiers)}
         self._lengths = lengths
         self._kinds: dict[tuple[str, ChunkRule], Profile] = {}  # of instances that ever joined
+        self._tightest_s = 0.0
+        self._solo: list[tuple[Vector, int]] = []  # of each kind: its packed profile and largest chunk
         self._context = max(_context(profile) for profile in profiles.values())
 
     def joined(self, books: Books) -> None:
@@ -30,6 +33,9 @@ class Admission:
         if not self._kinds:
             self._context = 0
         self._kinds[books.instance.profile, books.instance.chunk] = books.profile
+        kinds = self._kinds.items()
+        self._tightest_s = min(profile.tightest_pace_s for profile in self._kinds.values())
+        self._solo = [(profile.packed, largest_solo_chunk(profile.limits, chunk)) for (_, chunk), profile in kinds]
         self._context = max(self._context, min(books.profile.limits.context_tokens, books.kv_tokens))
 
     def admit(self, request: Request) -> Job | RefuseCode:
@@ -41,8 +47,9 @@ class Admission:
         if self._settings.router != "tiers":
             return self.job(request, self.bin(request.slo) or self._tiers[0], request.slo)
         tier = self.bin(request.slo)
-        slo = self._reachable(request, tier, request.slo)
-        return "slo_infeasible" if slo is None else self.job(request, tier or self._tiers[0], slo)
+        solo_s = self.solo_ttft_s(request.prompt_tokens)
+        slo = self._reachable(request.slo, tier, solo_s)
+        return "slo_infeasible" if slo is None else self.job(request, tier or self._tiers[0], slo, solo_s)
 
     def _without_slo(self) -> tuple[Tier | None, Slo | None]:
         if self._settings.best_effort or self._settings.router != "tiers":
@@ -52,12 +59,11 @@ class Admission:
 
     def bin(self, slo: Slo) -> Tier | None:
         """The loosest tier that is no looser than asked; None when even the tightest is too loose."""
-        fitting = [tier for tier in self._tiers if tier.tpot_s <= slo.tpot_s * (1 + 1e-9)]
-        return fitting[-1] if fitting else None
+        bound_s = slo.tpot_s * (1 + 1e-9)
+        return next((tier for tier in reversed(self._tiers) if tier.tpot_s <= bound_s), None)
 
-    def _reachable(self, request: Request, tier: Tier | None, slo: Slo) -> Slo | None:
+    def _reachable(self, slo: Slo, tier: Tier | None, best_s: float) -> Slo | None:
         """The SLO, if an idle instance would meet it; else the best possible one, or None by the settings."""
-        best_s = self.solo_ttft_s(request.prompt_tokens)
         paced = tier is not None and self._holds(tier)
         if paced and best_s <= slo.ttft_s:
             return slo
@@ -67,20 +73,18 @@ class Admission:
 
     def _holds(self, tier: Tier) -> bool:
         """Whether some instance can keep a tier's pace at all."""
-        kinds = self._kinds.values()
-        return not kinds or any(profile.holds(tier.tpot_s) for profile in kinds)
+        return not self._kinds or self._tightest_s <= tier.tpot_s
 
     def solo_ttft_s(self, prompt_tokens: int) -> float:
         """Time to first token on the fastest instance there is, were it idle; 0 while none is known."""
-        kinds = self._kinds.items()
-        return min((one_solo_ttft_s(profile, chunk, prompt_tokens) for (_, chunk), profile in kinds), default=0.0)
+        return min((one_solo_ttft_s(packed, size, prompt_tokens) for packed, size in self._solo), default=0.0)
 
-    def job(self, request: Request, tier: Tier | None, slo: Slo | None) -> Job:
-        """The job of a request; `tier` None is best effort."""
+    def job(self, request: Request, tier: Tier | None, slo: Slo | None, solo_s: float | None = None) -> Job:
+        """The job of a request; `tier` None is best effort. `solo_s`: what its prompt takes alone, where known."""
         index = None if tier is None else self._index[tier.name]
         row = self._lengths.row(index, request.prompt_tokens)
         job = Job(request, tier.name if tier else None, slo, request.prompt_tokens, row)
-        self.set_latest(job)
+        self.set_latest(job, solo_s)
         return job
 
     def correct(self, job: Job, prompt_tokens: int) -> None:
@@ -89,10 +93,10 @@ class Admission:
         job.length_row = self._lengths.row(None if job.tier is None else self._index[job.tier], prompt_tokens)
         self.set_latest(job)
 
-    def set_latest(self, job: Job) -> None:
+    def set_latest(self, job: Job, solo_s: float | None = None) -> None:
         """Note what the job's prompt takes on an idle instance, and when it is too late even for that."""
         if job.slo is not None:
-            job.solo_s = self.solo_ttft_s(job.prefill_tokens)
+            job.solo_s = self.solo_ttft_s(job.prefill_tokens) if solo_s is None else solo_s
             job.latest_at = to_microsecond(job.due_at - job.solo_s)
 
 

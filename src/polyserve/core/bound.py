@@ -63,16 +63,6 @@ def solo_ttft_s(profile: Profile, chunk: ChunkRule, prompts: Ints) -> Floats:
     return seconds
 
 
-def one_solo_ttft_s(profile: Profile, chunk: ChunkRule, prompt_tokens: int) -> float:
-    """`solo_ttft_s` of one prompt, ten times cheaper than an array of one: for the controller."""
-    size = largest_solo_chunk(profile.limits, chunk)
-    whole, rest = divmod(prompt_tokens, size)
-    seconds = profile.per_attention_s * 0.5 * prompt_tokens * prompt_tokens
-    if whole:
-        seconds += whole * profile.iteration_s(size, 0, 0)
-    return seconds + (profile.iteration_s(rest, 0, 0) if rest else 0.0)
-
-
 def feasible(profile: Profile, chunk: ChunkRule, prompts: Ints, outputs: Ints, slo: Slo) -> Bools:
     """Which requests an empty instance would serve on time to the last token, within memory and context."""
     last = prompts + outputs

@@ -231,7 +231,7 @@ class Controller:
         if job.tier is None:
             return len(self._pending.best_effort) > 0
         queue = self._pending.queues[job.tier]
-        return len(queue) > 0 and queue.ahead_tokens(job.due_at)[0] > self._settings.head_walk
+        return len(queue) > 0 and queue.ahead(job.due_at) > self._settings.head_walk
 
     def _refuse(self, request: RequestId, code: RefuseCode, tier: TierName | None, retry_s: float | None) -> None:
         retry = None if retry_s is None else to_microsecond(max(retry_s, RETRY_FLOOR_S))
@@ -482,7 +482,7 @@ class Controller:
             return True
         if self._on_late(job) != "refuse" or job.late:
             return False
-        ahead, _ = queue.ahead_tokens(job.due_at)
+        ahead = queue.ahead(job.due_at)
         wait = self._drain_s(job)
         if ahead == 0 or wait <= 0.0:
             return False

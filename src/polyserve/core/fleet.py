@@ -90,6 +90,8 @@ class Job:
     solo_s: float = 0.0  # what its prompt takes on an idle instance
     latest_at: float = math.inf  # beyond this no idle instance would be in time
     avoid: set[InstanceId] = field(default_factory=set)  # instances that broke it
+    _row: Vector | None = field(default=None, repr=False, compare=False)
+    _row_of: tuple[float, ...] = ()
 
     @property
     def id(self) -> RequestId:
@@ -110,13 +112,16 @@ class Job:
 
         A request for n choices is charged its prompt once.
         """
-        request, slo = self.request, self.slo
-        prompt, due = self.prompt_tokens + self.made, self.due_at
-        cap = math.inf if request.max_tokens is None else max(request.max_tokens - self.made, 1)
-        tpot = slo.tpot_s if slo else 0.0  # without a deadline due is inf, and stays it
-        return np.array(
-            (prompt, prompt, 0.0, cap, self.length_row, due, tpot, due, self.made, self.made, 0.0, 0.0, self.solo_s)
-        )
+        of = (self.made, self.prompt_tokens, self.length_row, self.solo_s)
+        if self._row is None or of != self._row_of:
+            request, slo = self.request, self.slo
+            prompt, due = self.prompt_tokens + self.made, self.due_at
+            cap = math.inf if request.max_tokens is None else max(request.max_tokens - self.made, 1)
+            tpot = slo.tpot_s if slo else 0.0  # without a deadline due is inf, and stays it
+            made, row, solo_s = self.made, self.length_row, self.solo_s
+            self._row = np.array((prompt, prompt, 0.0, cap, row, due, tpot, due, made, made, 0.0, 0.0, solo_s))
+            self._row_of = of
+        return self._row
 
 
 class Books:
@@ -330,10 +335,12 @@ class Books:
             return
         self.roll(now)
         rows, index = self._rows, self._index
-        if not tokens.keys() <= index.keys():
-            tokens = {request: count for request, count in tokens.items() if request in index}
-        if tokens:
+        try:
             at = np.fromiter(map(index.__getitem__, tokens), np.int64, len(tokens))
+        except KeyError:  # one that has left since: it costs less to be sorry than to be sure
+            tokens = {request: count for request, count in tokens.items() if request in index}
+            at = np.fromiter(map(index.__getitem__, tokens), np.int64, len(tokens))
+        if tokens:
             kernels.take_in(rows, at, np.fromiter(tokens.values(), np.float64, len(tokens)))
         for request, left in prefilling.items():
             row = index.get(request)

@@ -39,6 +39,7 @@ from polyserve.core.kernels import (
     Vector,
 )
 from polyserve.core.lengths import EDGES, GRID, LengthModel
+from polyserve.core.pending import Queue
 from polyserve.core.profile import Limits, Profile
 from polyserve.core.settings import Settings
 from polyserve.core.types import Instance, Request, RequestId, TierName
@@ -205,6 +206,24 @@ class Forecaster:
             assert isinstance(books, Books)
             answers.append((books, Forecast(*self._out[at].tolist())))
         return answers[-1][0] if admits else None, answers
+
+    def pick(
+        self, books: Books, queue: Queue, now: float, *, pace_s: float, first: int, refusals: int
+    ) -> tuple[int, int, Forecast]:
+        """The first job of a queue, from place `first`, that an instance admits; its place, or -1.
+
+        Passes `head_walk` jobs that their own deadline refuses, `refusals` before this call included; returns their
+        number too.
+        """
+        settings, lengths = self._settings, self._lengths
+        inst, rows, gauged = books.numbers
+        at, refusals = kernels.pick(
+            books.packed, inst, rows, gauged, lengths.table, EDGES, GRID, lengths.version, queue.rows, queue.late,
+            first, len(queue), refusals, settings.head_walk, pace_s, settings.predict_chunks, self._tests, now,
+            self._out[0],
+        )  # fmt: skip
+        self.asked += 1
+        return at, refusals, Forecast(*self._out[0].tolist())
 
     def _rest(self, books: Books, without: frozenset[RequestId]) -> tuple[Vector, Matrix, Matrix]:
         """The instance's numbers as if some residents had left."""

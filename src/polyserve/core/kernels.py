@@ -60,6 +60,18 @@ def largest_chunk(
     return low
 
 
+@njit(cache=True)
+def one_solo_ttft_s(profile: Vector, size: int, prompt: int) -> float:  # pragma: no cover - compiled
+    """Seconds until the first token on an empty instance of such chunks; the plain twin is `bound.solo_ttft_s`."""
+    whole, rest = prompt // size, prompt % size
+    seconds = profile[P_ATTENTION] * 0.5 * prompt * prompt
+    if whole > 0:
+        seconds += whole * iteration_s(profile, size, 0.0, 0.0, 0.0)
+    if rest > 0:
+        seconds += iteration_s(profile, rest, 0.0, 0.0, 0.0)
+    return float(seconds)
+
+
 DYNAMIC, FIXED = 0, 1
 FITS, WAITS, FORCED = 0, 1, 2
 
@@ -248,32 +260,65 @@ def bin_of(edges: Vector, made: float) -> int:  # pragma: no cover - compiled
 
 
 @njit(cache=True)
+def add_to_gauge(
+    out: Matrix, alive: Vector, grid: Vector, reach: int, group: Vector
+) -> None:  # pragma: no cover - compiled
+    """Add residents that share their chances to be there: a short loop for each line, which the compiler makes wide.
+
+    `group`: how many they are, the sum of their contexts and of its squares; how many decode, and their contexts.
+    """
+    count, context, square, decodes, decode_context = group[0], group[1], group[2], group[3], group[4]
+    for p in range(reach):
+        out[G_BATCH, p] += alive[p] * count
+    for p in range(reach):
+        out[G_KV, p] += alive[p] * (context + count * grid[p])
+    for p in range(reach):
+        held = square + 2.0 * grid[p] * context + count * grid[p] * grid[p]
+        out[G_VARIANCE, p] += alive[p] * (1.0 - alive[p]) * held
+    for p in range(reach):
+        out[G_MOST, p] += (context + count * grid[p]) * (alive[p] > 0.0)
+    if decodes > 0.0:
+        for p in range(reach):
+            out[G_DECODES, p] += alive[p] * decodes
+        for p in range(reach):
+            out[G_DECODE_KV, p] += alive[p] * (decode_context + decodes * grid[p])
+
+
+@njit(cache=True)
 def gauge(
     rows: Matrix, count: int, table: NDArray[np.float64], edges: Vector, grid: Vector, out: Matrix
 ) -> None:  # pragma: no cover - compiled
-    """Expected batch and KV over the grid of future iterations; the plain twin is `plain.gauge`."""
-    points = grid.shape[0]
+    """Expected batch and KV over the grid of future iterations; the plain twin is `plain.gauge`.
+
+    Residents of one band whose tokens made lie in one bin share their chances, unless a cap cuts them off.
+    """
+    points, bins = grid.shape[0], table.shape[1]
     out[:, :] = 0.0
-    batch, kv, variance, most = out[G_BATCH], out[G_KV], out[G_VARIANCE], out[G_MOST]
-    decodes, decode_kv = out[G_DECODES], out[G_DECODE_KV]
+    groups, used, seen = np.zeros((table.shape[0] * bins, 5)), np.empty(count, np.int64), 0
+    lone = np.empty(5)
     for i in range(count):
-        made = rows[i, R_MADE]
-        context = rows[i, R_PROMPT] + made
-        alive = table[int(rows[i, R_BAND]), bin_of(edges, made)]
-        more = rows[i, R_CAP] - made
-        reach = 0
-        while reach < points and grid[reach] < more and alive[reach] > 0.0:
-            reach += 1
-        if rows[i, R_LEFT] <= 0.0:
-            for p in range(reach):
-                decodes[p] += alive[p]
-                decode_kv[p] += alive[p] * (context + grid[p])
-        for p in range(reach):
-            share, held = alive[p], context + grid[p]
-            batch[p] += share
-            kv[p] += share * held
-            variance[p] += share * (1.0 - share) * held * held
-            most[p] += held
+        made, band = rows[i, R_MADE], int(rows[i, R_BAND])
+        at = bin_of(edges, made)
+        context, more = rows[i, R_PROMPT] + made, rows[i, R_CAP] - made
+        decodes = 1.0 if rows[i, R_LEFT] <= 0.0 else 0.0
+        if more <= grid[points - 1]:
+            reach = 0
+            while grid[reach] < more:
+                reach += 1
+            lone[0], lone[1], lone[2], lone[3], lone[4] = 1.0, context, context * context, decodes, decodes * context
+            add_to_gauge(out, table[band, at], grid, reach, lone)
+            continue
+        group = groups[band * bins + at]
+        if group[0] == 0.0:
+            used[seen] = band * bins + at
+            seen += 1
+        group[0] += 1.0
+        group[1] += context
+        group[2] += context * context
+        group[3] += decodes
+        group[4] += decodes * context
+    for k in range(seen):
+        add_to_gauge(out, table[used[k] // bins, used[k] % bins], grid, points, groups[used[k]])
 
 
 @njit(cache=True)
@@ -736,3 +781,72 @@ def walk(
             if not refused(out[asked - 1]):
                 return True, asked
     return False, asked
+
+
+@njit(cache=True)
+def queue_ends_at(
+    profile: Vector, inst: Vector, rows: Matrix, gauged: Matrix, grid: Vector, grow: bool, now: float
+) -> tuple[float, float]:  # pragma: no cover - compiled
+    """When the last of the prompts queued now is computed, and the last key among them; nobody queued: at once."""
+    count = int(inst[I_COUNT])
+    finish = np.empty(count + 1)
+    run_queue(profile, inst, rows, count, gauged, grid, rows[0], False, grow, now, np.inf, finish)
+    ends, last = now, -np.inf
+    for i in range(count):
+        if rows[i, R_LEFT] > 0.0:
+            ends, last = max(ends, finish[i]), max(last, rows[i, R_KEY])
+    return ends, last
+
+
+@njit(cache=True)
+def pick(
+    profile: Vector,
+    inst: Vector,
+    rows: Matrix,
+    gauged: Matrix,
+    table: NDArray[np.float64],
+    edges: Vector,
+    grid: Vector,
+    version: float,
+    queue: Matrix,
+    late: NDArray[np.bool_],
+    first: int,
+    count: int,
+    refusals: int,
+    most: int,
+    pace: float,
+    grow: bool,
+    tests: int,
+    now: float,
+    out: Vector,
+) -> tuple[int, int]:  # pragma: no cover - compiled
+    """The first of those who wait, from number `first`, whom an instance admits, and `refusals` counted on.
+
+    Passes `most` whom their own deadline refuses, and nobody whom the instance refuses; -1: none. Whoever would come
+    last and is late even if it took no time is refused without a forecast. The plain twin is `plain.pick`.
+    """
+    renew(profile, inst, rows, gauged, table, edges, grid, version, now)
+    ends, last = -np.inf, -np.inf
+    for c in range(first, count):
+        candidate = queue[c]
+        waive = late[c] or now > candidate[R_DUE]
+        if tests & TEST_PREFILL and not waive:
+            if ends == -np.inf:
+                ends, last = queue_ends_at(profile, inst, rows, gauged, grid, grow, now)
+            key = now if inst[I_FCFS] > 0.0 else candidate[R_DUE]
+            if key >= last and left_s(candidate, candidate[R_DUE], ends, now, inst[I_MARGIN]) < 0.0:
+                refusals += 1
+                if refusals > most:
+                    return -1, refusals
+                continue
+        ask(
+            profile, inst, rows, gauged, table, edges, grid, version, candidate, pace, inst[I_KV], grow, tests, waive,
+            False, now, out,
+        )  # fmt: skip
+        if not refused(out):
+            return c, refusals
+        refusals += 1
+        theirs = out[F_MEMORY] < 0.0 or out[F_SEQS] < 0.0 or out[F_PACE] < 0.0
+        if theirs or not (out[F_PREFILL] < 0.0 or out[F_TOKEN1] < 0.0) or refusals > most:
+            return -1, refusals
+    return -1, refusals

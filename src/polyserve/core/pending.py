@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Iterator
 
+import numpy as np
+from numpy.typing import NDArray
+
 from polyserve.core.fleet import Job
+from polyserve.core.kernels import R_COLUMNS, R_PROMPT, Matrix
 from polyserve.core.types import RequestId, TierName
 
 _Entry = tuple[bool, float, int, RequestId]  # behind, due at, order of entry
@@ -20,6 +24,9 @@ class Queue:
         self._jobs: dict[RequestId, _Entry] = {}
         self._by_id: dict[RequestId, Job] = {}
         self._sequence = 0
+        self._rows: Matrix = np.zeros((8, R_COLUMNS))
+        self._late: NDArray[np.bool_] = np.zeros(8, np.bool_)
+        self.wary: set[RequestId] = set()  # jobs that avoid some instance
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -27,25 +34,56 @@ class Queue:
     def __iter__(self) -> Iterator[Job]:
         return (self._by_id[entry[-1]] for entry in self._entries)
 
+    @property
+    def rows(self) -> Matrix:
+        """The jobs as rows of the books, in order."""
+        return self._rows[: len(self._entries)]
+
+    @property
+    def late(self) -> NDArray[np.bool_]:
+        """Whose deadline no longer counts, in the order of `rows`."""
+        return self._late[: len(self._entries)]
+
     def push(self, job: Job) -> None:
         self._sequence += 1
         entry = (job.behind, job.due_at, self._sequence, job.id)
         self._jobs[job.id] = entry
         self._by_id[job.id] = job
-        insort(self._entries, entry)
+        if job.avoid:
+            self.wary.add(job.id)
+        at, count = bisect_left(self._entries, entry), len(self._entries)
+        self._entries.insert(at, entry)
+        if count == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+            self._late = np.concatenate([self._late, np.zeros_like(self._late)])
+        self._rows[at + 1 : count + 1] = self._rows[at:count]
+        self._late[at + 1 : count + 1] = self._late[at:count]
+        self._rows[at], self._late[at] = job.row(), job.late
 
     def remove(self, job: Job) -> None:
         del self._by_id[job.id]
-        del self._entries[bisect_left(self._entries, self._jobs.pop(job.id))]
+        at, count = bisect_left(self._entries, self._jobs.pop(job.id)), len(self._entries)
+        del self._entries[at]
+        self.wary.discard(job.id)
+        self._rows[at : count - 1] = self._rows[at + 1 : count]
+        self._late[at : count - 1] = self._late[at + 1 : count]
+
+    def job(self, at: int) -> Job:
+        """The job at a place of the order, from 0."""
+        return self._by_id[self._entries[at][-1]]
 
     def head(self, count: int) -> list[Job]:
         """The first `count` jobs."""
         return [self._by_id[entry[-1]] for entry in self._entries[:count]]
 
+    def ahead(self, due_at: float) -> int:
+        """How many jobs are due before `due_at`."""
+        return bisect_left(self._entries, (False, due_at, -1, ""))
+
     def ahead_tokens(self, due_at: float) -> tuple[int, int]:
         """Jobs, and their prompt tokens, that are due before `due_at`."""
-        count = bisect_left(self._entries, (False, due_at, -1, ""))
-        return count, sum(job.prefill_tokens for job in self.head(count))
+        count = self.ahead(due_at)
+        return count, int(self._rows[:count, R_PROMPT].sum())
 
 
 class Pending:

@@ -443,3 +443,42 @@ def load(place: Place, table: Table, edges: Sequence[float], grid: Sequence[floa
     """Peak forecast iteration over pace, or alone where there is no pace."""
     peak = peak_s(place.profile, gauge(place.residents, table, edges, grid), place.station.scale)
     return peak / place.station.pace if math.isfinite(place.station.pace) else peak
+
+
+def pick(
+    place: Place,
+    table: Table,
+    edges: Sequence[float],
+    grid: Sequence[float],
+    queue: Sequence[tuple[Resident, bool]],
+    most: int,
+    *,
+    grow: bool,
+    now: float,
+) -> int:
+    """The place in a queue of the first that an instance admits, past `most` whom their own deadline refuses; or -1.
+
+    With each: whether its deadline no longer counts. Nobody who is late even if it took no time behind those queued
+    on the instance is worth a forecast.
+    """
+    renew(place, now)
+    station, there = place.station, [r for r in place.residents if not r.decodes]
+    gauged = gauge(place.residents, table, edges, grid)
+    finish = run_queue(place.profile, station, place.residents, gauged, grid, None, grow, now, math.inf).finish
+    ends = max((finish.get(r, math.inf) for r in there), default=now)
+    for at, (candidate, late) in enumerate(queue):
+        waive = late or now > candidate.due
+        last = all(candidate.key >= r.key for r in there)
+        hopeless = last and left_s(candidate, candidate.due, max(ends, now), now, station.margin) < 0.0
+        if not (hopeless and not waive):
+            margins = forecast(
+                place.profile, station, place.residents, table, edges, grid, candidate, grow=grow, waive=waive, now=now
+            )
+            if margins.admit:
+                return at
+            its_own = margins.prefill < 0.0 or margins.token1 < 0.0
+            if min(margins.memory, margins.seqs, margins.pace) < 0.0 or not its_own:
+                return -1
+        if at >= most:
+            return -1
+    return -1

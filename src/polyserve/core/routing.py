@@ -132,17 +132,21 @@ class Ladder:
     def _forecast(
         self, now: float, job: Job, tier: Tier, books: Books, without: frozenset[RequestId] = frozenset()
     ) -> Forecast:
-        guest = books.tier is not None and self._rank[books.tier] < self._rank[tier.name]
         return self._forecaster.of(
             job,
             books,
             now,
             pace_s=min(books.pace_s, tier.tpot_s),
-            reserve=self._settings.guest_reserve if guest else 0.0,
+            reserve=self._reserve(books, tier),
             waive=self._waived(now, job),
             without=without,
             whole=self._settings.explain,
         )
+
+    def _reserve(self, books: Books, tier: Tier) -> float:
+        """The share of an instance's pace that a tier's requests leave free: guests leave some."""
+        guest = books.tier is not None and self._rank[books.tier] < self._rank[tier.name]
+        return self._settings.guest_reserve if guest else 0.0
 
     def _waived(self, now: float, job: Job) -> bool:
         return job.late or now > job.due_at
@@ -290,6 +294,21 @@ class Ladder:
 
     def _from_queue(self, now: float, books: Books, tier: Tier, queue: Queue) -> Iterator[Placement]:
         """Jobs of one queue that fit: past a head that its own deadline refuses, not past one the instance refuses."""
+        if not books.jobs or queue.wary or self._takes(books, tier):
+            yield from self._one_by_one(now, books, tier, queue)
+            return
+        at = refusals = 0
+        while len(queue) > at:
+            pace_s = min(books.pace_s, tier.tpot_s) * (1.0 - self._reserve(books, tier))
+            at, refusals, forecast = self._forecaster.pick(
+                books, queue, now, pace_s=pace_s, first=at, refusals=refusals
+            )
+            if at < 0:
+                return
+            yield Placement(queue.job(at), books, forecast)
+
+    def _one_by_one(self, now: float, books: Books, tier: Tier, queue: Queue) -> Iterator[Placement]:
+        """The same where an instance would change hands, or some of the queue avoid it."""
         refused = 0
         for job in queue.head(64):
             if books.id in job.avoid:
