@@ -1,7 +1,8 @@
 """Microseconds per step of the core, by event, on fleets of several sizes.
 
 Each fleet is simulated from empty until its state is that of its load, and then every step of the controller is timed
-where it happens: nothing is replayed, so nothing is kept but the times. The workload is chosen so that about 150
+where it happens: nothing is replayed, so nothing is kept but the times. Times are the processor's, so that what else
+runs on the machine is not counted. The workload is chosen so that about 150
 residents stand on each instance (H200, Llama-3-8B, 90 % of the optimum). The decision is the step of an `Arrived`;
 reports (`Progressed`) are what an instance costs whether or not anybody asks.
 
@@ -56,9 +57,9 @@ class Clocked:
                 return step(controller, now, event)
             if now >= self.end:
                 raise EndOfWindowError
-            began = time.perf_counter_ns()
+            began = time.thread_time_ns()
             actions = step(controller, now, event)
-            took = time.perf_counter_ns() - began
+            took = time.thread_time_ns() - began
             self.spent.setdefault(type(event).__name__, array("d")).append(took / 1e3)
             if now >= self._look_at:
                 self._look_at = now + 0.25
