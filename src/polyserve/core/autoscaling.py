@@ -76,6 +76,8 @@ class QueueScaler:
             self.wanted = self._sizes.wanted
         if self.elastic:
             ready = self._fleet.ready()
+            if not self._wanted:  # what is there at first counts as wanted
+                self._wanted.append((now, len(ready) + starting))
             wanted = self._now_wanted(ready, starting)
             plan.start = self._starts(wanted, len(ready), starting)
             plan.stop = self._stops(self._held(now, wanted), ready, starting)
@@ -86,7 +88,7 @@ class QueueScaler:
         have = len(ready) + starting
         requests = sum(len(books.jobs) + books.foreign for books in ready) + len(self._pending)
         exact = requests / self._settings.target_requests
-        if have and abs(exact / have - 1.0) <= TOLERANCE:
+        if have and abs(exact / have - 1.0) <= TOLERANCE + 1e-9:
             exact = have
         return max(self._floor, min(math.ceil(exact), self._settings.max_instances))
 

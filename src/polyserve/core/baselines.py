@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 
 from polyserve.core.fleet import Books, Fleet, Job
 from polyserve.core.forecast import Forecaster
+from polyserve.core.kernels import FIXED
 from polyserve.core.pending import Pending
 from polyserve.core.routing import Ladder, Placement, Refusal, Router
 from polyserve.core.scaling import Demand
@@ -70,6 +72,13 @@ class OnePool:
 def _waiting(pending: Pending) -> list[Job]:
     """Everybody who waits: by tier, each in deadline order, then best effort."""
     return [*(job for queue in pending.queues.values() for job in queue), *pending.best_effort.values()]
+
+
+def _first(pending: Pending, count: int) -> list[Job]:
+    """The first of every queue, together in deadline order, then those without an SLO."""
+    heads = [job for queue in pending.queues.values() for job in queue.head(count)]
+    heads.sort(key=lambda job: (job.behind, job.due_at))
+    return [*heads, *islice(pending.best_effort.values(), count)]
 
 
 def requests(books: Books) -> int:
@@ -239,7 +248,7 @@ class Predictor:
         decodes, kv, queued, left = books.tally()
         profile, prompt = books.profile, job.prefill_tokens
         mean_prompt, mean_output = self._demand.lengths
-        tokens, chunk = left + prompt, max(books.law.tokens - decodes, 1)
+        tokens, chunk = left + prompt, self._chunk(books, decodes, kv)
         full, rest = divmod(tokens, chunk)
         work = 0.5 * max(mean_prompt, prompt)  # attention per prompt token: half of what lies before it
         ttft_s = full * profile.iteration_s(chunk, decodes, kv, chunk * work)
@@ -251,6 +260,15 @@ class Predictor:
         drawn = min(batch * mean_prompt / mean_output, chunk)
         tpot_s = profile.iteration_s(drawn, batch, kv + tokens, drawn * 0.5 * mean_prompt)
         return Latency(ttft_s * books.scale, tpot_s * books.scale)
+
+    def _chunk(self, books: Books, decodes: int, kv: float) -> int:
+        """Prompt tokens beside the decodes of one iteration, on average."""
+        most = max(books.law.tokens - decodes, 1)
+        if books.law.kind == FIXED or math.isinf(books.pace_s) or not decodes:
+            return most
+        return max(
+            min(books.profile.largest_chunk(books.pace_s / books.scale, decodes, kv, 0, most), most), books.law.floor
+        )
 
 
 class LeastHeadroom(OnePool):
@@ -336,7 +354,7 @@ class SingleSlo(OnePool):
 
     def refill(self, now: float, books: Books, pending: Pending) -> Iterator[Placement]:
         refused = 0
-        for job in sorted(_waiting(pending), key=lambda job: (job.behind, job.due_at)):
+        for job in _first(pending, 32):
             if books.id in job.avoid:
                 continue
             if self._fits(now, job, books) is not None:

@@ -177,9 +177,14 @@ POLICIES: dict[str, Settings] = {
         best_effort=False,
     ),
     **{name: Settings(router=name, on_late="never", autoscaler="queue") for name in BASELINES},
-    "static": Settings(router="static", on_late="never", autoscaler="off"),
+    "static": Settings(router="static", on_late="never", autoscaler="off", chunk_bound="slack"),
     "shared-slack": Settings(
-        router="shared-slack", on_late="serve_late", autoscaler="queue", chunk_bound="slack", relegate=True
+        router="shared-slack",
+        on_late="never",
+        autoscaler="queue",
+        balance="round-robin",
+        chunk_bound="slack",
+        relegate=True,
     ),
     "single-slo": Settings(router="single-slo", on_late="refuse", autoscaler="queue"),
 }
@@ -200,8 +205,8 @@ class EngineWish:
 ENGINES: dict[str, EngineWish] = {
     **{name: EngineWish() for name in BASELINES},
     "tiers": EngineWish("dynamic", "deadline", ()),
-    "static": EngineWish("dynamic", "deadline", ("static_sizes", "balance")),
-    "shared-slack": EngineWish("dynamic", "deadline", ("balance",)),
+    "static": EngineWish("dynamic", "deadline", ("chunk", "chunk_bound", "balance", "static_sizes")),
+    "shared-slack": EngineWish("dynamic", "deadline", ("chunk_floor_tokens", "balance")),
     "least-headroom": EngineWish(tunes=("chunk", "slo_buffer")),
     "single-slo": EngineWish(tunes=("chunk", "slo_buffer")),
 }
