@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # Requests in one run at most, seeds, and how near the headroom is found; the same with --quick.
 REQUESTS, QUICK_REQUESTS = 10_000, 3_000
 SEEDS, QUICK_SEEDS = 3, 2
+SEARCH_SEEDS, QUICK_SEARCH_SEEDS = 2, 1
 TOLERANCE, QUICK_TOLERANCE = 0.02, 0.05
 
 
@@ -41,7 +42,7 @@ def plan(
     ] = None,
     compare: Annotated[str, typer.Option(help="Policies to plan for as well: minimal,round-robin@512")] = "",
     seed: Annotated[int, typer.Option(help="Same seed, same plan.")] = 0,
-    seeds: Annotated[int | None, typer.Option(help="Seeds that confirm an answer; default 3, quick 2.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Seeds that confirm the plan; default 3, quick 2.")] = None,
     requests: Annotated[int | None, typer.Option(help="In one run at most; default 10000, quick 3000.")] = None,
     max_instances: Annotated[int | None, typer.Option(help="Largest fleet tried; default six times the bound.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Shorter runs and fewer seeds.")] = False,
@@ -70,6 +71,7 @@ def plan(
         compare=compare,
         seed=seed,
         seeds=(QUICK_SEEDS if quick else SEEDS) if seeds is None else seeds,
+        search_seeds=QUICK_SEARCH_SEEDS if quick else SEARCH_SEEDS,
         requests=(QUICK_REQUESTS if quick else REQUESTS) if requests is None else requests,
         tolerance=QUICK_TOLERANCE if quick else TOLERANCE,
         max_instances=max_instances,
@@ -105,6 +107,7 @@ def _ask(
     compare: str,
     seed: int,
     seeds: int,
+    search_seeds: int,
     requests: int,
     tolerance: float,
     max_instances: int | None,
@@ -138,6 +141,7 @@ def _ask(
         shifts=chosen,
         seed=seed,
         seeds=seeds,
+        search_seeds=search_seeds,
         requests=requests,
         tolerance=tolerance,
         max_instances=max_instances,
@@ -150,10 +154,9 @@ def _items(text: str) -> list[str]:
 
 def _tell(answer: Plan, json_to: str, out: str) -> None:
     """The tables on stdout, or on stderr when stdout is for JSON."""
-    import json
-
     from rich.console import Console
 
+    from polyserve.commands.output import write_json
     from polyserve.planner.picture import draw_plan
     from polyserve.planner.tell import tables, to_dict
 
@@ -164,8 +167,4 @@ def _tell(answer: Plan, json_to: str, out: str) -> None:
     if out:
         draw_plan(answer, out)
     if json_to:
-        text = json.dumps(to_dict(answer), indent=2, allow_nan=False)
-        if json_to == "-":
-            print(text)
-        else:
-            Path(json_to).write_text(text + "\n", encoding="utf-8")
+        write_json(json_to, to_dict(answer))

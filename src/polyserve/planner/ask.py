@@ -103,7 +103,8 @@ class Ask:
     compare: tuple[Rival, ...] = ()
     shifts: tuple[Shift, ...] = ()
     seed: int = 0
-    seeds: int = 3  # how many confirm an answer, the first included
+    seeds: int = 3  # how many confirm the plan
+    search_seeds: int = 2  # at most, where a search or a side question judges a fleet; at least one, at most `seeds`
     requests: int = 10_000  # about as many at most are simulated in one run
     tolerance: float = 0.02  # of the headroom
     max_instances: int | None = None  # None: several times the bound
@@ -136,6 +137,7 @@ class Ask:
 
     @property
     def all_seeds(self) -> tuple[int, ...]:
+        """Those under which the plan is confirmed."""
         return tuple(range(self.seed, self.seed + self.seeds))
 
 

@@ -34,6 +34,8 @@ PER_MISS, FEWEST, MOST = 4.0, 100, 400
 # Windows shorter than this many mean residencies are too short to say much, however many requests they have.
 LEAST_RESIDENCIES = 3.0
 SHORTEST_S = 20.0
+# With less of its TTFT to spare, a request can be in time on an instance that is idle, or nearly.
+SPARE = 0.2
 # Lengths and paces are drawn this many times to learn their means.
 MEANS_OF = 10_000
 
@@ -50,6 +52,12 @@ class Window:
     @property
     def whole_s(self) -> float:
         return self.warm_up_s + self.measured_s
+
+    def shortened(self, by: float) -> Window:
+        """The same requests in less time."""
+        return dataclasses.replace(
+            self, warm_up_s=round(self.warm_up_s / by, 6), measured_s=round(self.measured_s / by, 6)
+        )
 
 
 class Bench:
@@ -90,9 +98,18 @@ class Bench:
         workload = self._workload(profile, load)
         return workload.infeasible / (len(workload) + (workload.infeasible if self._recorded else 0))
 
+    def barely_share(self, profile: str, load: Load) -> float:
+        """Of the requests, those that leave even an idle instance of this kind less than `SPARE` of their TTFT."""
+        asked = [(r.prompt_tokens, r.slo.ttft_s) for r, _ in self._workload(profile, load) if r.slo is not None]
+        prompts, ttfts = (np.array(column) for column in zip(*asked, strict=True))
+        alone = bound.solo_ttft_s(load_profile(profile), ChunkRule(), prompts)
+        return float((alone > (1.0 - SPARE) * ttfts).mean())
+
     def window(self, profile: str, load: Load) -> Window:
-        """How long runs of this load are."""
-        return window(self._workload(profile, load), self.rate(profile, load), load, self.ask)
+        """How long runs of this load are: the same at any rate, save that a recording is simulated once through."""
+        usual = dataclasses.replace(load, rate_by=1.0)
+        span = window(self._workload(profile, load), self.rate(profile, usual), usual, self.ask)
+        return span.shortened(load.rate_by) if self._recorded else span
 
     def _workload(self, profile: str, load: Load) -> Workload:
         """Enough requests to know the means of the load; their times say nothing."""
@@ -117,14 +134,14 @@ class Bench:
     # ------------------------------------------------------------------------------------------ the trials
 
     def holds(self, fleet: Fleet, load: Load) -> bool:
-        """Whether the fleet attains the target, over as many seeds as it takes to tell."""
+        """Whether the fleet attains the target, over as many seeds as it takes to tell, and a search may ask."""
         trial = self.judged(fleet, load)
         verdict = trial.verdict(self.ask.target)
         return trial.attains(self.ask.target) if verdict is None else verdict
 
     def judged(self, fleet: Fleet, load: Load) -> Trial:
-        """Seeds pooled until the verdict is clear, or all of them."""
-        for count in range(1, self.ask.seeds + 1):
+        """Seeds pooled until the verdict is clear, or as many as a search may ask."""
+        for count in range(1, min(max(self.ask.search_seeds, 1), self.ask.seeds) + 1):
             trial = self.over(fleet, load, self.ask.all_seeds[:count])
             if trial.verdict(self.ask.target) is not None:
                 break

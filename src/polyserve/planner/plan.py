@@ -21,7 +21,7 @@ from polyserve.demand import DemandError
 from polyserve.planner.ask import Ask, Load, PlanError, Rival, Shift
 from polyserve.planner.bench import Bench, Window
 from polyserve.planner.crew import Task, crew
-from polyserve.planner.saying import Quiet, Saying
+from polyserve.planner.saying import Quiet, Saying, fleet_of
 from polyserve.planner.search import largest, smallest
 from polyserve.planner.trial import Fleet, Trial
 from polyserve.profiles.store import load as load_profile
@@ -76,7 +76,8 @@ class Shifted:
     problem: str | None = None  # why no instance of this kind can serve it; then the rest is not known
     bound: float = 0.0
     instances: int | None = None  # None: no size attains the target
-    planned: Trial | None = None
+    best: tuple[int, Trial] | None = None  # that fleet, or the best tried
+    planned: Trial | None = None  # the planned fleet under the shift
     infeasible_share: float = 0.0
 
 
@@ -103,6 +104,7 @@ class Kind:
     rate: float = 0.0
     window: Window | None = None
     infeasible_share: float = 0.0
+    barely_share: float = 0.0  # of the requests: those that only an instance that is nearly idle can serve in time
     other_bounds: dict[str, float] = field(default_factory=dict)  # in instances, by the profile that believes otherwise
     sized: Sized | None = None
     smaller: Trial | None = None  # the planned fleet without one of its instances; None: it has but one
@@ -195,6 +197,7 @@ def planned(bench: Bench, profile: str, pictured: bool) -> Kind:
         rate=bench.rate(profile, load),
         window=bench.window(profile, load),
         infeasible_share=bench.infeasible_share(profile, load),
+        barely_share=bench.barely_share(profile, load),
         other_bounds=other_bounds(bench, profile),
     )
     fleet = Fleet(profile, 0, ask.policy)
@@ -244,11 +247,15 @@ def shifted(bench: Bench, fleet: Fleet, shift: Shift) -> Shifted:
         least = bench.least(fleet.profile, load)
     except (PlanError, DemandError) as error:
         return Shifted(shift, load, problem=str(error))
+    found = smallest_fleet(bench, fleet, load, round(fleet.instances * least / before))
+    tried = bench.tried(fleet, load)
+    best = found or best_tried(tried)
     return Shifted(
         shift=shift,
         load=load,
         bound=least,
-        instances=smallest_fleet(bench, fleet, load, round(fleet.instances * least / before)),
+        instances=found,
+        best=(best, tried[best]),
         planned=bench.judged(fleet, load),
         infeasible_share=bench.infeasible_share(fleet.profile, load),
     )
@@ -332,10 +339,10 @@ def in_words(answer: Kind | Answer) -> str:
     match answer:
         case Kind(sized=Sized() as sized):
             if not sized.found:
-                return f"not reached with up to {sized.most} instances"
-            return f"{sized.fleet.instances} instances (bound {sized.bound:.1f})"
+                return f"not reached with up to {fleet_of(sized.most)}"
+            return f"{fleet_of(sized.fleet.instances)} (bound {sized.bound:.1f})"
         case Headroom():
             return f"{'more than ' if answer.unbroken else ''}{100 * (answer.factor - 1):.0f} % more load"
         case Shifted() | Compared():
-            return f"{answer.instances or 'no number of'} instances"
+            return fleet_of(answer.instances) if answer.instances else "no number of instances"
     raise AssertionError(answer)  # pragma: no cover - every answer is one of these

@@ -100,6 +100,7 @@ class Bar:
 
 
 def fleet_of(instances: int) -> str:
+    """So many instances, in words."""
     return f"{instances} instance{'' if instances == 1 else 's'}"
 
 

@@ -14,13 +14,16 @@ from rich.text import Text
 
 from polyserve.core.types import ChunkRule
 from polyserve.planner.ask import Ask, Load
-from polyserve.planner.bench import Window
-from polyserve.planner.plan import Compared, Headroom, Kind, Plan, Shifted, Sized
+from polyserve.planner.bench import SPARE, Window
+from polyserve.planner.plan import Compared, Headroom, Kind, Plan, Shifted, Sized, most_instances
+from polyserve.planner.saying import fleet_of
 from polyserve.planner.trial import Fleet, Tally, Trial
 from polyserve.report import tier_key
 
 SCHEMA = "polyserve.plan/1"
 HOUR_S = 3600.0
+# So many requests that only an idle instance can serve in time, over those that may be late, are worth a line.
+BARELY = 0.5
 
 
 # -------------------------------------------------------------------------------------------------- arithmetic
@@ -49,7 +52,7 @@ def why_not(sized: Sized, target: float) -> str:
     }
     missed = ", ".join(f"{percent(n / max(tally.requests, 1), 2)} {how}" for how, n in fates.items() if n)
     return (
-        f"no fleet of up to {sized.most} instances has every tier at {percent(target, 2)}: the best of those tried, "
+        f"no fleet of up to {fleet_of(sized.most)} has every tier at {percent(target, 2)}: the best of those tried, "
         f"{sized.fleet.instances}, has {percent(attainment, 2)} of tier {tier} ms in time"
         f" ({missed or 'nothing arrived'})"
     )
@@ -111,13 +114,14 @@ def _kind(plan: Plan, kind: Kind) -> dict[str, Any]:
         "problem": None if sized.found else why_not(sized, ask.target),
         "rate": kind.rate,
         "infeasible_share": kind.infeasible_share,
+        "barely_share": kind.barely_share,
         "window": dataclasses.asdict(kind.window),
         "bound_instances": sized.bound,
         "other_bounds": kind.other_bounds,
         "best_instances": count,
         "utilisation": trial.utilisation,
         "share_of_optimal": sized.bound / count,
-        "worst": _worst(trial),
+        "worst": {**_worst(trial), "interval": list(trial.interval)},
         "worst_seed": {"seed": sized.worst_seed.seeds[0], **_worst(sized.worst_seed)},
         "tiers": {
             name: {**dataclasses.asdict(tally), "attainment": tally.attainment, "instances": _counts(trial, name)}
@@ -245,9 +249,11 @@ def _about(plan: Plan, kind: Kind) -> Iterator[RenderableType]:
     yield _tiers(plan, kind, sized)
     yield from map(Text, _lines(plan, kind, sized))
     if kind.shifts:
+        yield Text()
         yield _shifts(plan, kind, sized)
-        yield from (Text(f"{each.shift.name}: {each.problem}") for each in kind.shifts if each.problem)
+        yield from (Text(f"{each.shift.name}: {line}") for each in kind.shifts if (line := _unreached(plan, each)))
     if kind.compared:
+        yield Text()
         yield _compared_table(kind, sized)
 
 
@@ -295,10 +301,21 @@ def _lines(plan: Plan, kind: Kind, sized: Sized) -> Iterator[str]:
             f"{percent(kind.infeasible_share, 1)} of the requests drawn were {how}: even an idle instance of this "
             "kind would serve them too late, or they do not fit into it"
         )
+    if kind.barely_share >= BARELY * (1 - plan.ask.target):
+        yield (
+            f"{percent(kind.barely_share, 1)} of the requests leave even an idle instance of this kind less than "
+            f"{percent(SPARE, 0)} of their TTFT to spare: what they need decides the size"
+        )
     for name, other in kind.other_bounds.items():
         yield (
             f"the bound is {number(other)} with {name}: the two differ in whether prefill makes the decodes "
             "beside it dearer, which was not measured on this GPU"
+        )
+    low, high = sized.trial.interval
+    if sized.found and low < plan.ask.target:
+        yield (
+            f"what luck leaves open: tier {sized.trial.worst[0]} ms has from {percent(low, 1)} to {percent(high, 1)} "
+            "in time (95 % interval); more --seeds or --requests narrow it"
         )
     if sized.found and count == 1:
         yield "with its only instance lost nothing is served"
@@ -315,7 +332,7 @@ def _shifts(plan: Plan, kind: Kind, sized: Sized) -> Table:
         f"with {sized.fleet.instances}:\nworst tier",
     )
     for each in kind.shifts:
-        needed = "none" if each.instances is None else f"{each.instances} ({each.instances - sized.fleet.instances:+d})"
+        needed = "-" if each.instances is None else f"{each.instances} ({each.instances - sized.fleet.instances:+d})"
         cost = None if each.instances is None else plan.ask.prices.get(kind.profile, 1.0) * each.instances
         table.add_row(
             each.shift.name,
@@ -326,6 +343,17 @@ def _shifts(plan: Plan, kind: Kind, sized: Sized) -> Table:
             "-" if each.planned is None else worst(each.planned),
         )
     return table
+
+
+def _unreached(plan: Plan, each: Shifted) -> str | None:
+    """Why no fleet serves a shift."""
+    if each.problem is not None or each.instances is not None or each.best is None:
+        return each.problem
+    count, trial = each.best
+    return (
+        f"no fleet of up to {fleet_of(most_instances(plan.ask, each.bound))} attains the target; "
+        f"the best tried, {count}, has {worst(trial)} ms"
+    )
 
 
 def _compared_table(kind: Kind, sized: Sized) -> Table:

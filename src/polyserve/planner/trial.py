@@ -93,6 +93,20 @@ class Trial:
         """Whether every tier has its share of requests on time."""
         return self.worst[1] >= target - 1e-12
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """What luck leaves open of the worst tier's attainment: Wilson's 95 % interval.
+
+        Requests that miss come in clusters, so that it is rather too narrow.
+        """
+        tally = self.tiers.get(self.worst[0], Tally())
+        if not tally.requests:
+            return 0.0, 1.0
+        n, share, z = tally.requests, self.worst[1], 1.96
+        middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+        return max(middle - half, 0.0), min(middle + half, 1.0)
+
     def verdict(self, target: float) -> bool | None:
         """Whether it clearly attains the target, clearly does not, or another seed should be asked (None)."""
         sure = True
