@@ -208,11 +208,13 @@ R_PROMPT, R_LEFT, R_MADE, R_CAP, R_BAND, R_DUE, R_TPOT, R_KEY, R_BASE, R_SEEN, R
 # One instance, as the forecast sees it; then how far its books are: ENDS when the running iteration does (below 0: none
 # runs), ROLLED the time they stand at, GAUGED the version of the length table that the gauge was made with (below 0: it
 # is to be made again), PEAK of it in seconds, and its point; COUNT residents; TIER by index, or POOL or AWAY; RANK
-# among all names; PROFILE its row in the arena; WAITS whether the running iteration is charged; FCFS its order.
+# among all names; PROFILE its row in the arena; WAITS whether the running iteration is charged; FCFS its order;
+# CLEAR when the prompts queued there are computed (below 0: not known), and LAST the last key among them.
 (
     I_KIND, I_TOKENS, I_SPEND, I_FLOOR, I_PACE, I_KV, I_SEQS, I_BLOCK, I_SCALE, I_FREE, I_SIGMA, I_MARGIN,
-    I_ENDS, I_ROLLED, I_GAUGED, I_PEAK, I_POINT, I_COUNT, I_TIER, I_RANK, I_PROFILE, I_WAITS, I_FCFS, I_COLUMNS,
-) = range(24)  # fmt: skip
+    I_ENDS, I_ROLLED, I_GAUGED, I_PEAK, I_POINT, I_COUNT, I_TIER, I_RANK, I_PROFILE, I_WAITS, I_FCFS,
+    I_CLEAR, I_LAST, I_COLUMNS,
+) = range(26)  # fmt: skip
 POOL, AWAY = -1.0, -2.0  # ready without a tier; starting or draining
 # The rows of a gauge, each over the grid of future iterations. MOST is the KV if nobody ends before its cap.
 G_BATCH, G_KV, G_VARIANCE, G_MOST, G_DECODES, G_DECODE_KV, G_ROWS = range(7)
@@ -426,12 +428,16 @@ def run_queue(
         ahead = float(made + 1) if grow else 0.0
         batch = at_iteration(gauged[G_DECODES], grid, ahead) + joined
         kv = at_iteration(gauged[G_DECODE_KV], grid, ahead) + joined_kv
-        total, work = 0, 0.0
+        total, work, span = 0, 0.0, 0
         if head < waiting:
             rest, behind, out = remaining[head:], past[head:], chunks[head:]
             budget = int(inst[I_TOKENS] - batch)
+            span, wanted = 1, rest[0]
+            while head + span < waiting and wanted < budget:
+                wanted += rest[span]
+                span += 1
             if fixed or batch < 0.5:
-                total = fit_chunks(profile, np.inf, budget, batch, kv, rest, behind, waiting - head, out)
+                total = fit_chunks(profile, np.inf, budget, batch, kv, rest, behind, span, out)
             else:
                 alone = iteration_s(profile, 0.0, batch, kv, 0.0)
                 banked = next_due + made * tightest - t
@@ -439,11 +445,11 @@ def run_queue(
                     banked = np.inf
                 enough = min(floor, rest[0])
                 bound = banked if inst[I_SPEND] > 0.0 else min(pace, banked)
-                total = fit_chunks(profile, bound, budget, batch, kv, rest, behind, waiting - head, out)
+                total = fit_chunks(profile, bound, budget, batch, kv, rest, behind, span, out)
                 if total < enough and banked > bound:
-                    total = fit_chunks(profile, banked, budget, batch, kv, rest, behind, waiting - head, out)
+                    total = fit_chunks(profile, banked, budget, batch, kv, rest, behind, span, out)
                 if total < enough:
-                    for i in range(waiting - head):
+                    for i in range(span):
                         out[i] = 0.0
                     total = 0
                     whole = max(min(int(rest[0]), budget), 0)
@@ -453,14 +459,14 @@ def run_queue(
                     if due - t <= whole_s + alone:
                         total = min(int(floor), whole)
                         out[0] = total
-            for i in range(head, waiting):
+            for i in range(head, head + span):
                 work += chunks[i] * (past[i] + 0.5 * chunks[i])
         t += iteration_s(profile, total, batch, kv, work) * scale
         slack = min(slack, next_due + made * tightest - t)
         made += 1
         if first < np.inf and second == np.inf:
             second = t
-        for i in range(head, waiting):
+        for i in range(head, head + span):
             if chunks[i] <= 0.0 or total == 0:
                 break
             remaining[i] -= chunks[i]
@@ -659,7 +665,7 @@ def renew(
     if inst[I_GAUGED] != version:
         gauge(rows, count, table, edges, grid, gauged)
         inst[I_PEAK], inst[I_POINT] = peak_s(profile, gauged, grid.shape[0], inst[I_SCALE])
-        inst[I_GAUGED] = version
+        inst[I_GAUGED], inst[I_CLEAR] = version, -1.0
     inst[I_FREE] = max(inst[I_ENDS], now) if inst[I_WAITS] > 0.0 and count > 0 else now
 
 
@@ -712,6 +718,30 @@ def load_of(inst: Vector) -> float:  # pragma: no cover - compiled
 
 
 @njit(cache=True)
+def clear(
+    profile: Vector, inst: Vector, rows: Matrix, gauged: Matrix, grid: Vector, grow: bool, now: float
+) -> None:  # pragma: no cover - compiled
+    """Note when the last of the prompts queued on an instance is computed; nobody queued: at once."""
+    count = int(inst[I_COUNT])
+    finish = np.empty(count + 1)
+    run_queue(profile, inst, rows, count, gauged, grid, rows[0], False, grow, now, np.inf, finish)
+    inst[I_CLEAR], inst[I_LAST] = now, -np.inf
+    for i in range(count):
+        if rows[i, R_LEFT] > 0.0:
+            inst[I_CLEAR] = max(inst[I_CLEAR], finish[i])
+            inst[I_LAST] = max(inst[I_LAST], rows[i, R_KEY])
+
+
+@njit(cache=True)
+def hopeless(inst: Vector, candidate: Vector, now: float) -> bool:  # pragma: no cover - compiled
+    """Whether a candidate would come last behind the prompts queued, and be late even if it took no time itself."""
+    key = now if inst[I_FCFS] > 0.0 else candidate[R_DUE]
+    if inst[I_CLEAR] < 0.0 or key < inst[I_LAST]:
+        return False
+    return left_s(candidate, candidate[R_DUE], max(inst[I_CLEAR], now), now, inst[I_MARGIN]) < 0.0
+
+
+@njit(cache=True)
 def walk(
     profiles: Matrix,
     insts: Matrix,
@@ -739,7 +769,8 @@ def walk(
 
     An instance is asked at the tighter of its pace and `pace`, less its tier's share `reserves`. Returns whether one
     admits, and how many were asked: `tried` has their slots, `out` their margins; the last asked is the one. Those that
-    the pace refuses at the very peak are passed over unless `whole`. The plain twin is `plain.walk`.
+    the pace refuses at the very peak, or known to be hopeless, are passed over unless `whole`. The plain twin is
+    `plain.walk`.
     """
     order = np.empty(insts.shape[0], np.int64)
     keys = np.empty(insts.shape[0])
@@ -753,6 +784,8 @@ def walk(
                 continue
             profile = profiles[int(inst[I_PROFILE])]
             renew(profile, inst, rows[i], gauges[i], table, edges, grid, version, now)
+            if not whole and tests & TEST_PREFILL and not waive and hopeless(inst, candidate, now):
+                continue
             if not whole and tests & TEST_PACE:
                 p = int(inst[I_POINT])
                 share = alive[p] if candidate[R_MADE] + grid[p] < candidate[R_CAP] else 0.0
@@ -784,21 +817,6 @@ def walk(
 
 
 @njit(cache=True)
-def queue_ends_at(
-    profile: Vector, inst: Vector, rows: Matrix, gauged: Matrix, grid: Vector, grow: bool, now: float
-) -> tuple[float, float]:  # pragma: no cover - compiled
-    """When the last of the prompts queued now is computed, and the last key among them; nobody queued: at once."""
-    count = int(inst[I_COUNT])
-    finish = np.empty(count + 1)
-    run_queue(profile, inst, rows, count, gauged, grid, rows[0], False, grow, now, np.inf, finish)
-    ends, last = now, -np.inf
-    for i in range(count):
-        if rows[i, R_LEFT] > 0.0:
-            ends, last = max(ends, finish[i]), max(last, rows[i, R_KEY])
-    return ends, last
-
-
-@njit(cache=True)
 def pick(
     profile: Vector,
     inst: Vector,
@@ -826,15 +844,13 @@ def pick(
     last and is late even if it took no time is refused without a forecast. The plain twin is `plain.pick`.
     """
     renew(profile, inst, rows, gauged, table, edges, grid, version, now)
-    ends, last = -np.inf, -np.inf
     for c in range(first, count):
         candidate = queue[c]
         waive = late[c] or now > candidate[R_DUE]
         if tests & TEST_PREFILL and not waive:
-            if ends == -np.inf:
-                ends, last = queue_ends_at(profile, inst, rows, gauged, grid, grow, now)
-            key = now if inst[I_FCFS] > 0.0 else candidate[R_DUE]
-            if key >= last and left_s(candidate, candidate[R_DUE], ends, now, inst[I_MARGIN]) < 0.0:
+            if inst[I_CLEAR] < 0.0:
+                clear(profile, inst, rows, gauged, grid, grow, now)
+            if hopeless(inst, candidate, now):
                 refusals += 1
                 if refusals > most:
                     return -1, refusals
