@@ -42,6 +42,8 @@ class UsageError(ValueError):
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; errors of the user's making end it with code 2."""
+    if "" not in sys.path:
+        sys.path.append("")  # a policy from outside may lie in the folder that one works in; last, so it hides nothing
     try:
         code = app(args=args, prog_name="polyserve", standalone_mode=False)
     except Exception as error:
@@ -86,7 +88,9 @@ def simulate(
     ttft: Annotated[str, typer.Option(help="TTFT in ms, drawn evenly among the feasible.")] = "300,500,1000",
     arrivals: Annotated[str, typer.Option(help="poisson, gamma:CV or recorded.")] = "poisson",
     best_effort: Annotated[float, typer.Option(help="Share of requests without an SLO.")] = 0.0,
-    policy: Annotated[str, typer.Option(help="Policy id; see `polyserve policies`.")] = "polyserve",
+    policy: Annotated[
+        str, typer.Option(help="Policy id (see `polyserve policies`), or their.module:Policy.")
+    ] = "polyserve",
     setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: a setting of the policy.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same run.")] = 0,
     chunk: Annotated[str, typer.Option(help="dynamic or fixed:N; default by policy.")] = "",

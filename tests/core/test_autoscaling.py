@@ -110,9 +110,9 @@ def test_whoever_leaves_has_the_fewest_residents_and_stops_after_its_last() -> N
     assert [a.instance for a in body.finish(last.id) if isinstance(a, Stop)] == ["m1"]
 
 
-@pytest.mark.parametrize("values", [{"max_instances": 0}, {"autoscaler": "off"}, {"autoscaler": "own"}])
-def test_a_fleet_that_nobody_scales_stays_as_it_is(values: dict[str, object]) -> None:
-    body = fleet(**values)
+@pytest.mark.parametrize(("switch", "value"), [("max_instances", 0), ("autoscaler", "off"), ("autoscaler", "own")])
+def test_a_fleet_that_nobody_scales_stays_as_it_is(switch: str, value: object) -> None:
+    body = fleet("least-requests", 1, **{switch: value})
     arrive(body, 30)
     assert body.wait(30.0) == []
 
