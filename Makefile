@@ -3,6 +3,7 @@
 #   make demo    four emulated instances, the gateway and 90 s of a real trace; prints how every tier fared
 #   make up      the same fleet, left running in the background; `make down` ends it
 #   make test    everything that CI runs
+#   make bench   the simulator beside DynoSim, and the time that a decision takes: some ten minutes
 
 VENV ?= .venv
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,$(shell \
@@ -11,11 +12,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.polyserve-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check unit live test demo up down lock clean
+.PHONY: help setup check unit live test demo up down lock bench clean
 .DELETE_ON_ERROR:
 
 help:
-	@head -n 5 Makefile | tail -n 3 | cut -c 5-
+	@head -n 6 Makefile | tail -n 4 | cut -c 5-
 
 setup: $(READY)
 
@@ -61,6 +62,10 @@ up: $(READY)
 
 down: $(READY)
 	@$(BIN)/python -m polyserve.demo down
+
+# DynoSim goes into an environment of its own, build/dynosim, and is left out where it cannot be had.
+bench: $(READY)
+	@$(BIN)/python benchmarks/bench.py
 
 # After a change of the dependencies in pyproject.toml: new pins from a clean environment.
 lock:

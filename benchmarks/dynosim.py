@@ -87,16 +87,18 @@ def mooncake(rows: Iterable[Row]) -> str:
 
 
 def run(rows: Iterable[Row], engines: Engines = Engines()) -> dict[str, Any]:
-    """Replay a job once: seconds of the loop and of the whole call, peak memory, and what its simulated fleet did."""
+    """Replay a job once: seconds of loop, call and process, peak memory, and what the simulated fleet did."""
     python = install()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "job.jsonl"
         trace.write_text(mooncake(rows), encoding="utf-8")
         command = [str(python), __file__, str(trace), "--inside", json.dumps(asdict(engines))]
+        began = time.perf_counter()
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        whole_s = time.perf_counter() - began
     if ended.returncode:
         raise UnavailableError(f"DynoSim failed: {(ended.stderr.strip() or 'no reason given').splitlines()[-1]}")
-    return dict(json.loads(ended.stdout.splitlines()[-1]))
+    return json.loads(ended.stdout.splitlines()[-1]) | {"whole_s": whole_s}
 
 
 def inside(trace: str, engines: Engines) -> None:

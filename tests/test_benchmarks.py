@@ -48,3 +48,13 @@ def test_decisions_are_timed_in_the_window_alone_and_the_controller_is_left_as_i
     assert arrived["steps"] > 5
     assert 0 < arrived["p50"] <= arrived["p99"]
     assert result["residents"] > 0
+
+
+def test_the_common_job_is_the_published_one() -> None:
+    sys.modules["decisions"], sys.modules["dynosim"] = benchmark("decisions"), benchmark("dynosim")
+    rows = benchmark("bench").common_rows()
+    assert len(rows) == 10_000
+    assert rows[:3] == [(0.024457, 374, 44), (0.034677, 396, 109), (0.100458, 879, 55)]
+    assert max(prompt for _, prompt, _ in rows) == 3584
+    assert max(prompt + output for _, prompt, output in rows) == 4096
+    assert sum(output for _, _, output in rows) == 2_183_388
