@@ -4,6 +4,7 @@
 #   make up      the same fleet, left running in the background; `make down` ends it
 #   make test    everything that CI runs
 #   make bench   the simulator beside DynoSim, and the time that a decision takes: some ten minutes
+#   make study   how much load each policy holds, in every setting: some 90 minutes; goes on where it was interrupted
 
 VENV ?= .venv
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,$(shell \
@@ -12,11 +13,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.polyserve-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check unit live test demo up down lock bench clean
+.PHONY: help setup check unit live test demo up down study study-full lock bench clean
 .DELETE_ON_ERROR:
 
 help:
-	@head -n 6 Makefile | tail -n 4 | cut -c 5-
+	@head -n 7 Makefile | tail -n 5 | cut -c 5-
 
 setup: $(READY)
 
@@ -62,6 +63,16 @@ up: $(READY)
 
 down: $(READY)
 	@$(BIN)/python -m polyserve.demo down
+
+# Every question of the study, in turn; `polyserve study` lists them. What was interrupted goes on where it was.
+STUDY ?= $(shell $(BIN)/polyserve study | cut -d' ' -f1)
+JOBS ?= 0
+
+study: $(READY)
+	@for s in $(STUDY); do $(BIN)/polyserve study --setting $$s --quick --jobs $(JOBS) --out build/study/$$s || exit; done
+
+study-full: $(READY)
+	@for s in $(STUDY); do $(BIN)/polyserve study --setting $$s --jobs $(JOBS) --out build/study-full/$$s || exit; done
 
 # DynoSim goes into an environment of its own, build/dynosim, and is left out where it cannot be had.
 bench: $(READY)

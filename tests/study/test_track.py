@@ -56,8 +56,8 @@ def test_a_quick_track_finds_goodput_with_one_seed() -> None:
 
 def test_a_baseline_is_tuned_first_and_searched_with_the_best() -> None:
     found, made = followed(Track(CASE, entry("minimal"), FULL), cliff)
-    assert [choice.chunk for choice in found.tried] == [256, 512, 1024, 2048]
-    assert found.choice.chunk == 1024
+    assert [choice.chunk for choice in found.tuned.tried] == [256, 512, 1024, 2048]
+    assert found.tuned.choice.chunk == 1024
     assert {job.chunk for job in made[4:]} == {1024}
     assert {(job.load, job.seed) for job in made[:4]} == {(TUNED_AT, 0)}
 
@@ -69,8 +69,8 @@ def test_one_knob_is_tuned_at_the_best_of_the_one_before() -> None:
         return record(job, 0.5 + good / 10, 0.5 + good / 10)
 
     found, _ = followed(Track(CASE, entry("static"), QUICK), run)
-    assert dict(found.choice.values)["balance"] == "round-robin"
-    assert dict(found.choice.values)["static_sizes"] != ""
+    assert dict(found.tuned.choice.values)["balance"] == "round-robin"
+    assert dict(found.tuned.choice.values)["static_sizes"] != ""
 
 
 def test_every_seed_of_a_full_track_has_its_own_goodput() -> None:
@@ -98,7 +98,9 @@ def test_what_is_found_does_not_hang_on_the_order_or_on_other_runs(label: str) -
 
 
 def told(found: Found) -> str:
-    return json.dumps([str(found.choice), {k: {s: c.load for s, c in v.items()} for k, v in found.crossings.items()}])
+    return json.dumps(
+        [str(found.tuned.choice), {k: {s: c.load for s, c in v.items()} for k, v in found.crossings.items()}]
+    )
 
 
 def test_a_sweep_runs_its_loads_and_nothing_else() -> None:

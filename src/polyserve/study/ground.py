@@ -6,9 +6,11 @@ All of it is exact over the trace, not drawn: each pace's requests are the trace
 
 from __future__ import annotations
 
+import csv
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
+from importlib import resources
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,16 +30,27 @@ WINDOW_RESIDENCIES = 5.0
 WARM_RESIDENCIES = 1.0
 # Windows and warm-ups are whole multiples of this, so that commands are short.
 ROUNDED_S = 5.0
+# Rows in the file of a day's rates, each for as long as the others.
+DAY_PIECES = 144
 
 
-@lru_cache(maxsize=64)
+@cache
 def trace_of(name: str) -> Trace:
     return read_trace(name)
 
 
-@lru_cache(maxsize=64)
+@cache
 def profile_of(name: str) -> Profile:
     return load(name)
+
+
+@cache
+def day_of(service: str) -> tuple[float, ...]:
+    """A day's rates over their mean, in `DAY_PIECES` equal pieces."""
+    text = (resources.files("polyserve") / "data" / "rates" / "servegen-day.csv").read_text(encoding="utf-8")
+    rates = [float(row[f"{service}_rps"]) for row in csv.DictReader(text.splitlines())]
+    assert len(rates) == DAY_PIECES
+    return tuple(rate * len(rates) / sum(rates) for rate in rates)
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.fleet.name}, {self.workload}"
+        world = self.world
+        day = f", a day of {world.day}, start-up {world.start_up_s:g} s" if world.day else ""
+        return f"{self.fleet.name}, {self.workload}{day}"
 
     def profile(self, name: str | None = None) -> Profile:
         """The true profile: how long iterations last."""
@@ -139,14 +154,25 @@ class Case:
     @cached_property
     def window_s(self) -> float:
         """Seconds measured: five residencies, of each mix where shares change, and requests enough for a 99 %."""
+        if self.world.day:
+            return self.world.day_s
         parts = 2 if self.world.later else 1
         least = max(parts * WINDOW_RESIDENCIES * self.residency_p99_s, self.least_requests / self.optimal_rate)
         return _rounded_up(least)
 
     @cached_property
     def warm_up_s(self) -> float:
-        return _rounded_up(WARM_RESIDENCIES * self.residency_p99_s)
+        residencies_s = WARM_RESIDENCIES * self.residency_p99_s
+        return _rounded_up(residencies_s, self.world.day_s / DAY_PIECES if self.world.day else ROUNDED_S)
+
+    @cached_property
+    def curve(self) -> tuple[float, ...]:
+        """Relative rates over warm-up and window, 1 the day's mean; none where the rate is steady."""
+        if not self.world.day:
+            return ()
+        day = day_of(self.world.day)
+        return (*[day[0]] * round(self.warm_up_s / self.world.day_s * DAY_PIECES), *day)
 
 
-def _rounded_up(seconds: float) -> float:
-    return math.ceil(seconds / ROUNDED_S - 1e-9) * ROUNDED_S
+def _rounded_up(seconds: float, step_s: float = ROUNDED_S) -> float:
+    return math.ceil(seconds / step_s - 1e-9) * step_s

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from statistics import fmean, stdev
 from typing import Any
 
+from polyserve.study.day import Bought, DayTrack, outcome
 from polyserve.study.ground import Case
-from polyserve.study.search import MEASURES
+from polyserve.study.run import Job
 from polyserve.study.store import code
 from polyserve.study.study import RESOLUTION, Study
 from polyserve.study.track import OVERLOAD, SHOWN_AT, TUNED_AT, Found, Track
@@ -22,7 +23,11 @@ T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262,
 LEFT_OUT = ("policy", "profile", "trace", "instances", "settings", "seed", "notes", "decision_us", "steps", "showcase")
 
 
-def result(study: Study, found: Sequence[Found], command: str) -> Json:
+AnyTrack = Track | DayTrack
+AnyFound = Found | Bought
+
+
+def result(study: Study, found: Sequence[AnyFound], command: str) -> Json:
     """Everything that tables and reports show."""
     pairs = list(zip(study.tracks, found, strict=True))
     cases = [_case(case, [(t, f) for t, f in pairs if t.case == case]) for case in study.cases]
@@ -49,22 +54,22 @@ def result(study: Study, found: Sequence[Found], command: str) -> Json:
     }
 
 
-def _records(found: Found) -> list[Json]:
-    runs = [record for by_load in found.runs.values() for record in by_load.values()]
-    return [*runs, *found.tried.values(), *([found.shown] if found.shown else [])]
+def _records(found: AnyFound) -> list[Json]:
+    """Each of its runs once."""
+    if isinstance(found, Bought):
+        runs = list(found.runs.values())
+    else:
+        runs = [record for by_load in found.runs.values() for record in by_load.values()]
+        runs += [found.shown] if found.shown else []
+    return list({record["key"]: record for record in (*runs, *found.tuned.tried.values())}.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------- case
 
 
-def _case(case: Case, pairs: list[tuple[Track, Found]]) -> Json:
+def _case(case: Case, pairs: list[tuple[AnyTrack, AnyFound]]) -> Json:
     entries = [_entry(track, found) for track, found in pairs]
-    for entry in entries:
-        for measure in MEASURES:
-            if measure in entry["goodput"]:
-                entry["goodput"][measure]["over"] = _over(entry, entries, measure)
-        if entry["attained_at_150"]:
-            entry["attained_at_150"]["over"] = _over(entry, entries, None)
+    _compare(entries)
     return {
         "case": case.name,
         "fleet": {
@@ -78,26 +83,26 @@ def _case(case: Case, pairs: list[tuple[Track, Found]]) -> Json:
         "ttfts": list(case.ttfts),
         "jitter": case.world.jitter,
         "bias": case.world.bias,
+        "day": case.world.day or None,
+        "start_up_s": case.world.start_up_s,
         "infeasible_share": case.infeasible_share,
         "bounds": case.bounds,
         "residency_p99_s": case.residency_p99_s,
         "window_s": case.window_s,
         "warm_up_s": case.warm_up_s,
         "entries": entries,
-        "showcase": [_showcase(track, found) for track, found in pairs if found.shown],
+        "showcase": [_showcase(track, found) for track, found in pairs if isinstance(found, Found) and found.shown],
     }
 
 
-def _entry(track: Track, found: Found) -> Json:
-    optimal = track.case.optimal_rate
-    first = track.effort.seeds[0]
-    overload = {seed: runs[OVERLOAD] for seed, runs in found.runs.items() if OVERLOAD in runs}
+def _entry(track: AnyTrack, found: AnyFound) -> Json:
+    shown = _by_day(track, found) if isinstance(found, Bought) else _by_load(track, found)
     return {
         "label": track.entry.label,
         "policy": track.entry.policy,
         "role": track.entry.role,
-        "values": dict(found.choice.values),
-        "chunk": found.choice.chunk,
+        "values": dict(found.tuned.choice.values),
+        "chunk": found.tuned.choice.chunk,
         "tuning": [
             {
                 "chunk": choice.chunk,
@@ -105,17 +110,52 @@ def _entry(track: Track, found: Found) -> Json:
                 "load": TUNED_AT,
                 "attainment": record["result"]["attainment"],
             }
-            for choice, record in found.tried.items()
+            for choice, record in found.tuned.tried.items()
         ],
+        **shown,
+    }
+
+
+def _by_load(track: AnyTrack, found: Found) -> Json:
+    optimal = track.case.optimal_rate
+    overload = {seed: runs[OVERLOAD] for seed, runs in found.runs.items() if OVERLOAD in runs}
+    jobs = found.jobs
+    return {
         "goodput": {name: _goodput(by_seed, optimal) for name, by_seed in found.crossings.items()},
         "attained_at_150": _attained(overload, optimal) if overload else None,
-        "sweep": _sweep(found.runs.get(first, {}), optimal) if track.effort.loads else None,
+        "sweep": _sweep(found.runs.get(track.effort.seeds[0], {}), optimal) if track.effort.loads else None,
+        "day": None,
         "runs": [
-            _run(record, found, optimal)
-            for _, by_load in sorted(found.runs.items())
-            for _, record in sorted(by_load.items())
+            _run(record, jobs[seed, load])
+            for seed, by_load in sorted(found.runs.items())
+            for load, record in sorted(by_load.items())
         ],
     }
+
+
+def _by_day(track: AnyTrack, found: Bought) -> Json:
+    counted = outcome(found)
+    day = None
+    if counted is not None:
+        index, record = counted
+        left = record["result"]
+        value = found.knob.values[index]
+        day = {
+            "scaler": track.entry.scaler,
+            "holds": found.cheapest is not None,
+            "knob": found.knob.name if value is not None else None,
+            "value": value,
+            "instance_seconds": left["instance_seconds"],
+            "mean_instances": left["instance_seconds"] / track.case.window_s,
+            "cost_per_attained_s": left["cost_per_attained_s"],
+            "overall": left["attainment"]["overall"],
+            "worst_tier": left["attainment"]["worst_tier"],
+        }
+    runs = [
+        {**_run(record, found.jobs[index]), "value": found.knob.values[index]}
+        for index, record in sorted(found.runs.items())
+    ]
+    return {"goodput": {}, "attained_at_150": None, "sweep": None, "day": day, "runs": runs}
 
 
 def _goodput(by_seed: Mapping[int, Any], optimal: float) -> Json:
@@ -163,19 +203,19 @@ def _sweep(by_load: Mapping[float, Json], optimal: float) -> Json:
     }
 
 
-def _run(record: Json, found: Found, optimal: float) -> Json:
+def _run(record: Json, job: Job) -> Json:
     left = record["result"]
     return {
-        "load": record["load"],
-        "seed": record["seed"],
-        "rate": record["load"] * optimal,
-        "command": found.jobs[record["seed"], record["load"]].command,
+        "load": job.load,
+        "seed": job.seed,
+        "rate": job.rate,
+        "command": job.command,
         "code": record["code"],
         **{name: value for name, value in left.items() if name not in LEFT_OUT},
     }
 
 
-def _showcase(track: Track, found: Found) -> Json:
+def _showcase(track: AnyTrack, found: Found) -> Json:
     assert found.shown is not None
     assert found.shown_job is not None
     left = found.shown["result"]
@@ -190,6 +230,35 @@ def _showcase(track: Track, found: Found) -> Json:
 
 
 # ----------------------------------------------------------------------------------------------------------- compared
+
+
+def _compare(entries: Sequence[Json]) -> None:
+    """Note beside every figure how it compares with those of others."""
+    for entry in entries:
+        for measure, held in entry["goodput"].items():
+            held["over"] = _over(entry, entries, measure)
+        if entry["attained_at_150"]:
+            entry["attained_at_150"]["over"] = _over(entry, entries, None)
+        if entry["day"]:
+            entry["day"]["over"] = _cheaper(entry, entries)
+
+
+def _cheaper(entry: Json, entries: Sequence[Json]) -> Json:
+    """Instance-seconds per attained request over those of the cheapest others that hold; below 1 is cheaper."""
+    groups = {
+        "best_static": [e for e in entries if e["day"] and e["day"]["scaler"] == "static"],
+        "best_queue_baseline": [
+            e for e in entries if e["day"] and e["day"]["scaler"] == "queue" and e["role"] == "baseline"
+        ],
+    }
+    ratios = {}
+    for name, members in groups.items():
+        able = [e for e in members if e is not entry and e["day"]["holds"]]
+        if able and entry["day"]["holds"]:
+            best = min(able, key=lambda e: e["day"]["cost_per_attained_s"])
+            ratio = entry["day"]["cost_per_attained_s"] / best["day"]["cost_per_attained_s"]
+            ratios[name] = {"label": best["label"], "ratio": ratio, "interval": None}
+    return ratios
 
 
 def _over(entry: Json, entries: Sequence[Json], measure: str | None) -> Json:

@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import groupby
+from statistics import fmean
 from typing import Any
 
 from polyserve import report
@@ -33,11 +34,13 @@ class Job:
     chunk: int | None = None  # fixed; None: the policy's own rule
     values: Pairs = ()
     show: bool = False
+    instances: int | None = None  # at the start; None: the fleet's
 
     @property
     def rate(self) -> float:
-        """Requests per second."""
-        return round(self.load * self.case.optimal_rate, 6)
+        """Requests per second, the mean of warm-up and window where it follows a day's curve."""
+        curve = self.case.curve
+        return round(self.load * self.case.optimal_rate * (fmean(curve) if curve else 1.0), 6)
 
     @property
     def requests(self) -> float:
@@ -50,13 +53,15 @@ class Job:
         return Scenario(
             trace=case.workload,
             profile=case.fleet.profile,
-            instances=case.fleet.instances,
+            instances=self.instances or case.fleet.instances,
             rate=self.rate,
             duration_s=case.window_s,
             warm_up_s=case.warm_up_s,
             tpots=case.paces,
             ttfts=case.ttfts,
             later=world.later,
+            curve=case.curve,
+            start_up_s=world.start_up_s,
             policy=self.policy,
             values=dict(self.values),
             seed=self.seed,
@@ -79,6 +84,7 @@ class Job:
                 "rate": scenario.rate,
                 "times": [scenario.warm_up_s, scenario.duration_s],
                 "policy": self.policy,
+                "instances": scenario.instances,
                 "settings": policy(self.policy, scenario_values(scenario)).to_dict(),
                 "chunk": self.chunk,
                 "world": [scenario.jitter, scenario.bias, scenario.start_up_s, scenario.sight, scenario.lag_s],
@@ -91,7 +97,7 @@ class Job:
     def command(self) -> str | None:
         """The command that makes this very run; None where `polyserve simulate` cannot say what changes in it."""
         scenario, world = self.scenario, self.case.world
-        if world.later:
+        if world.later or world.day:
             return None
         words = ["polyserve", "simulate", "--trace", scenario.trace, "--profile", scenario.profile]
         words += ["--instances", str(scenario.instances), "--rate", f"{self.rate:.10g}"]
@@ -107,10 +113,17 @@ class Job:
 
 @cache
 def job(
-    case: Case, policy: str, load: float, seed: int, chunk: int | None = None, values: Pairs = (), show: bool = False
+    case: Case,
+    policy: str,
+    load: float,
+    seed: int,
+    chunk: int | None = None,
+    values: Pairs = (),
+    show: bool = False,
+    instances: int | None = None,
 ) -> Job:
     """The run; the same arguments give the same object, so that its key is found once."""
-    return Job(case, policy, load, seed, chunk, values, show)
+    return Job(case, policy, load, seed, chunk, values, show, instances)
 
 
 def scenario_values(scenario: Scenario) -> dict[str, object]:

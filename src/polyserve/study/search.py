@@ -124,3 +124,21 @@ def _next_of(points: list[Point], measure: Measure, resolution: float, start: fl
         return low + 1 if found.holds is None else high - 1
     # Halved, not interpolated: attainment is flat up to a cliff, so that its value says little about where that is.
     return (low + high) // 2
+
+
+def cheapest(holds: Mapping[int, bool], count: int, first: int) -> tuple[int | None, int | None]:
+    """Of `count` options, rising in cost: the cheapest that holds, as do all dearer ones that were tried, and the next.
+
+    The answer is None while it is not known, or when the dearest does not hold; nothing is next at the end.
+    """
+    low = max((i for i, held in holds.items() if not held), default=-1)
+    high = min((i for i, held in holds.items() if held and i > low), default=count)
+    if high - low <= 1:
+        return (high if high < count else None), None
+    if low < first < high:
+        return None, first
+    if high == count:
+        return None, min(low + max(1, 2 * (low - first)), count - 1)
+    if low == -1:
+        return None, max(high - max(1, 2 * (first - high)), 0)
+    return None, (low + high) // 2

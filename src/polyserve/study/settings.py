@@ -6,8 +6,8 @@ A new setting is a row in `SETTINGS`; a new policy to compare with is a row in `
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from polyserve.core.settings import SettingError, engine_wish, policy
@@ -62,6 +62,9 @@ class World:
     jitter: float = 0.0
     bias: float = 0.0
     later: tuple[tuple[float, float], ...] = ()  # shares of the paces from the middle of the window on
+    day: str = ""  # the service whose day of rates is run through (`data/rates`); none: a steady rate
+    day_s: float = 7200.0  # how long that day is made
+    start_up_s: float = 0.0
 
 
 QUIET = World()
@@ -79,6 +82,7 @@ class Entry:
     values: Pairs = ()  # settings other than the policy's own
     chunk: int | None = None  # fixed, and not tuned; None: the policy's own rule, or tuned
     tunes: tuple[str, ...] = ()  # what its operator would tune for a workload (`polyserve.study.tuning`)
+    scaler: Literal["own", "queue", "static"] | None = None  # where fleets change: who sizes them; None: nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +102,8 @@ class Setting:
     loads: tuple[float, ...] = ()  # shares of the optimum that are run for every entry, in any case
     quick_loads: tuple[float, ...] = ()
     overload: bool = True  # run 150 % of the optimum too
-    world: World = QUIET
-    variants: Mapping[str, Pairs] = field(default_factory=dict)  # of `polyserve`, for the ablation
+    worlds: tuple[World, ...] = (QUIET,)
+    quick_worlds: tuple[World, ...] = ()  # none: the same
     least_requests: tuple[int, int] = (20_000, 60_000)  # in a window at the optimum: quick, full
 
 
@@ -125,6 +129,16 @@ ALL = (
 )
 # The strongest of their kinds, where time is short.
 STRONG = (*OWN, "minimal", "least-headroom", "static", "shared-slack")
+
+# Where fleets change.
+SCALED = (
+    *OWN,
+    *(
+        f"{name} + queue scaler"
+        for name in ("polyserve", "minimal", "least-requests", "least-headroom", "shared-slack")
+    ),
+    *(f"{name}, static fleet" for name in ("polyserve", "minimal", "shared-slack")),
+)
 
 # Each mechanism off in turn, and each alternative on.
 VARIANTS: dict[str, Pairs] = {
@@ -177,12 +191,27 @@ def entry(label: str) -> Entry:
     return Entry(label, name, role, tunes=tunes)
 
 
-def known_entries(labels: tuple[str, ...]) -> tuple[list[Entry], list[str]]:
+# Behind a policy's name, where fleets change: requests per instance decide, or nobody (and the fleet is as large as
+# its busiest hour needs); without either the policy scales by itself.
+SCALERS: dict[str, Literal["queue", "static"]] = {" + queue scaler": "queue", ", static fleet": "static"}
+
+
+def scaled_entry(label: str) -> Entry:
+    """The entry of that label where fleets change; raises `StudyError`."""
+    for ending, scaler in SCALERS.items():
+        if label.endswith(ending):
+            plain = entry(label.removesuffix(ending))
+            values = (*plain.values, ("autoscaler", "queue")) if scaler == "queue" else plain.values
+            return replace(plain, label=label, values=values, scaler=scaler)
+    return replace(entry(label), scaler="own")
+
+
+def known_entries(labels: tuple[str, ...], named: Callable[[str], Entry]) -> tuple[list[Entry], list[str]]:
     """The entries that can be run, and the labels of those whose policy does not exist here."""
     able, missing = [], []
     for label in labels:
         try:
-            able.append(entry(label))
+            able.append(named(label))
         except StudyError:
             missing.append(label)
     return able, missing
@@ -270,7 +299,7 @@ SETTINGS: dict[str, Setting] = {
             ALL,
             (*OWN, "minimal", "static", "shared-slack"),
             quick_fleets=(1, 3),
-            world=World(jitter=0.1, bias=0.1),
+            worlds=(World(jitter=0.1, bias=0.1),),
         ),
         Setting(
             "few",
@@ -291,7 +320,7 @@ SETTINGS: dict[str, Setting] = {
             ALL,
             STRONG,
             quick_fleets=(1, 3),
-            world=World(later=SWAPPED),
+            worlds=(World(later=SWAPPED),),
         ),
         Setting(
             "scale",
@@ -314,6 +343,20 @@ SETTINGS: dict[str, Setting] = {
             quick_fleets=(1, 3),
             quick_measures=("G90t",),
         ),
+        Setting(
+            "autoscale",
+            "a day in two hours: instance-seconds per attained request with every tier at 99 %",
+            (*_both(A100_8B, 20), *_both(A100_8B, 6)),
+            ("servegen-mid", "azure-conv"),
+            ("azure-code",),
+            SCALED,
+            ("polyserve", "polyserve + queue scaler", "minimal + queue scaler", "polyserve, static fleet"),
+            quick_fleets=(3,),
+            measures=(),
+            overload=False,
+            worlds=tuple(World(day=day, start_up_s=s) for day in ("small", "mid") for s in (0.0, 30.0, 120.0)),
+            quick_worlds=tuple(World(day="small", start_up_s=s) for s in (0.0, 30.0, 120.0)),
+        ),
     )
 }
 
@@ -333,5 +376,6 @@ def scaled_down(setting: Setting) -> Setting:
         workloads=setting.quick_workloads,
         entries=setting.quick_entries or setting.entries,
         measures=setting.quick_measures or setting.measures,
+        worlds=setting.quick_worlds or setting.worlds,
         loads=setting.quick_loads or setting.loads,
     )

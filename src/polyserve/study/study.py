@@ -10,9 +10,10 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from polyserve.study.day import Bought, DayTrack
 from polyserve.study.ground import Case
 from polyserve.study.run import Job, made
-from polyserve.study.settings import Entry, Setting, StudyError, entry, known_entries, scaled_down
+from polyserve.study.settings import Entry, Setting, StudyError, entry, known_entries, scaled_down, scaled_entry
 from polyserve.study.store import Record, Store
 from polyserve.study.track import Effort, Found, Track
 
@@ -27,7 +28,7 @@ class Study:
     setting: Setting
     quick: bool
     seed: int
-    tracks: tuple[Track, ...]
+    tracks: tuple[Track | DayTrack, ...]
     missing: tuple[str, ...]  # entries whose policy does not exist here
 
     @property
@@ -49,11 +50,12 @@ def planned(
         setting = scaled_down(setting)
     if workloads:
         setting = replace(setting, workloads=tuple(dict.fromkeys(workloads)))
+    named = scaled_entry if any(world.day for world in setting.worlds) else entry
     missing: list[str] = []
     if policies:
-        entries = [entry(label) for label in dict.fromkeys(policies)]
+        entries = [named(label) for label in dict.fromkeys(policies)]
     else:
-        entries, missing = known_entries(setting.entries)
+        entries, missing = known_entries(setting.entries, named)
     effort = Effort(
         quick=quick,
         resolution=RESOLUTION["quick" if quick else "full"],
@@ -68,25 +70,24 @@ def planned(
     if seed < 0:
         raise StudyError(f"--seed: 0 or more, not {seed}")
     cases = [
-        Case(fleet, workload, setting.world, least_requests=least)
+        Case(fleet, workload, world, least_requests=least)
         for fleet in setting.fleets
         for workload in setting.workloads
+        for world in setting.worlds
     ]
     for case in cases:
         case.optimal_rate  # noqa: B018 - what cannot be served at all is said now
-    tracks = tuple(Track(case, each, _effort(effort, each), _shown(each)) for case in cases for each in entries)
+    tracks = tuple(_track(case, each, effort) for case in cases for each in entries)
     return Study(setting, quick, seed, tracks, tuple(missing))
 
 
-def _effort(effort: Effort, each: Entry) -> Effort:
-    """Baselines as the paper had them are there for the paper's own measure alone."""
-    if each.role != "untuned" or "G90" not in effort.measures:
-        return effort
-    return replace(effort, measures=("G90",), overload=False)
-
-
-def _shown(each: Entry) -> bool:
-    return each.label == "polyserve"
+def _track(case: Case, each: Entry, effort: Effort) -> Track | DayTrack:
+    if each.scaler is not None:
+        return DayTrack(case, each, effort)
+    # Baselines as the paper had them are there for the paper's own measure alone.
+    if each.role == "untuned" and "G90" in effort.measures:
+        effort = replace(effort, measures=("G90",), overload=False)
+    return Track(case, each, effort, show=each.label == "polyserve")
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -109,11 +110,11 @@ def carry_out(
     store: Store,
     jobs: int,
     on_progress: Callable[[Progress], None] = lambda _: None,
-) -> list[Found]:
+) -> list[Found | Bought]:
     """Make every run that is not in the store; what each track found, in order."""
     if jobs < 1:
         raise StudyError(f"--jobs: at least 1, not {jobs}")
-    found: dict[int, Found] = {}
+    found: dict[int, Found | Bought] = {}
     before = set(store.runs)
     used: set[str] = set()
 
@@ -147,7 +148,9 @@ def carry_out(
     return [found[number] for number in range(len(study.tracks))]
 
 
-def _wanted(tracks: Sequence[Track], known: Callable[[Job], Record | None], found: dict[int, Found]) -> Iterator[Job]:
+def _wanted(
+    tracks: Sequence[Track | DayTrack], known: Callable[[Job], Record | None], found: dict[int, Found | Bought]
+) -> Iterator[Job]:
     """Runs that can be made now, track by track; notes what tracks at their end have found."""
     for number, track in enumerate(tracks):
         if number in found:

@@ -22,8 +22,9 @@ def tables(result: Json) -> Group:
     """A table per case, then the means over all cases."""
     parts: list[Table | Text] = [Text(f"{result['setting']}: {result['asks']}", style="bold")]
     for case in result["cases"]:
-        parts += [_case(case, result), *map(Text, _lines(case))]
-    if len(result["cases"]) > 1:
+        drawn = _day(case) if case["day"] else _case(case, result)
+        parts += [drawn, *map(Text, _lines(case))]
+    if len(result["cases"]) > 1 and not result["cases"][0]["day"]:
         parts.append(_summary(result))
     parts += [Text(line) for line in _closing(result)]
     return Group(*parts)
@@ -53,6 +54,31 @@ def _case(case: Json, result: Json) -> Table:
         of = entry["goodput"].get(headline) if headline else entry["attained_at_150"]
         ratios = [_ratio((of or {}).get("over", {}).get(name)) for name in against]
         table.add_row(entry["label"], _choice(entry), *held, *ratios, _attained(entry["attained_at_150"]))
+    return table
+
+
+def _day(case: Json) -> Table:
+    table = Table(title=case["case"], title_justify="left", title_style="bold")
+    table.add_column("policy", no_wrap=True)
+    table.add_column("tuned")
+    for heading in ("worst tier", "overall", "instances,\nmean", "instance-seconds\nper attained request"):
+        table.add_column(heading, justify="right")
+    for name in ("static fleet", "baseline +\nqueue scaler"):
+        table.add_column(f"of the best\n{name}", justify="right")
+    for entry in case["entries"]:
+        if (day := entry["day"]) is None:
+            continue
+        knob = "" if day["knob"] is None else f"{day['knob'].replace('_', ' ')} {day['value']:g}"
+        cost = "-" if day["cost_per_attained_s"] is None else f"{day['cost_per_attained_s']:.3f}"
+        table.add_row(
+            entry["label"],
+            ", ".join(part for part in (_choice(entry), knob) if part),
+            f"{100 * day['worst_tier']:.1f} %{'' if day['holds'] else ' (short)'}",
+            f"{100 * day['overall']:.1f} %",
+            f"{day['mean_instances']:.2f}",
+            cost,
+            *(_ratio(day["over"].get(name)) for name in ("best_static", "best_queue_baseline")),
+        )
     return table
 
 

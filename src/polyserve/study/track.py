@@ -35,15 +35,19 @@ class Effort:
     overload: bool = True
 
 
-AS_IS = Choice(None)
+@dataclass(slots=True)
+class Tuned:
+    """How an entry is run, and what was tried at `TUNED_AT` to find that out."""
+
+    choice: Choice
+    tried: dict[Choice, Record] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Found:
     """What a track has shown so far."""
 
-    choice: Choice = AS_IS  # how the entry is run, tuned
-    tried: dict[Choice, Record] = field(default_factory=dict)  # at `TUNED_AT`
+    tuned: Tuned
     runs: dict[int, dict[float, Record]] = field(default_factory=dict)  # by seed and load
     crossings: dict[str, dict[int, Crossing]] = field(default_factory=dict)  # by measure and seed
     shown: Record | None = None
@@ -75,13 +79,14 @@ class _Replay:
 
     def __init__(self, track: Track, known: Known) -> None:
         self._track, self._known = track, known
-        self.found = Found()
+        self.found = Found(Tuned(Choice(track.entry.chunk, track.entry.values)))
         self.wanted: list[Job] = []
 
     def follow(self) -> None:
         effort = self._track.effort
         first, *others = effort.seeds
-        if not self._tuned(first):
+        self.found.tuned, self.wanted = tuned(self._track.case, self._track.entry, effort.quick, first, self._known)
+        if self.wanted:
             return
         searched = self._searched(first, None)
         for load in effort.loads:
@@ -94,21 +99,6 @@ class _Replay:
             hints = {name: by_seed[first].load for name, by_seed in self.found.crossings.items()}
             for seed in others if effort.measures else ():
                 self._searched(seed, hints)
-
-    def _tuned(self, seed: int) -> bool:
-        """Tune one knob after the other; whether that could be done to the end."""
-        case, entry = self._track.case, self._track.entry
-        best = Choice(entry.chunk, entry.values)
-        for knob, values in stages(case, entry, self._track.effort.quick):
-            choices = [tried(best, knob, value) for value in values]
-            records = {choice: self._asked(job(case, entry.policy, TUNED_AT, seed, *choice)) for choice in choices}
-            known = {choice: record for choice, record in records.items() if record is not None}
-            if len(known) < len(choices):
-                return False
-            self.found.tried.update(known)
-            best = max(choices, key=lambda choice: merit(known[choice]))
-        self.found.choice = best
-        return True
 
     def _searched(self, seed: int, hints: Mapping[str, float] | None) -> bool:
         """Follow the search of one seed as far as runs are known; whether it is at its end."""
@@ -125,11 +115,11 @@ class _Replay:
         return True
 
     def _show(self, seed: int) -> None:
-        asked = job(self._track.case, self._track.entry.policy, SHOWN_AT, seed, *self.found.choice, show=True)
+        asked = job(self._track.case, self._track.entry.policy, SHOWN_AT, seed, *self.found.tuned.choice, show=True)
         self.found.shown, self.found.shown_job = self._asked(asked), asked
 
     def _run(self, load: float, seed: int) -> Record | None:
-        asked = job(self._track.case, self._track.entry.policy, load, seed, *self.found.choice)
+        asked = job(self._track.case, self._track.entry.policy, load, seed, *self.found.tuned.choice)
         record = self._asked(asked)
         if record is not None:
             self.found.runs.setdefault(seed, {})[load] = record
@@ -141,6 +131,20 @@ class _Replay:
         if record is None:
             self.wanted.append(asked)
         return record
+
+
+def tuned(case: Case, entry: Entry, quick: bool, seed: int, known: Known) -> tuple[Tuned, list[Job]]:
+    """Tune one knob after the other as far as runs are known; the runs that are missing."""
+    found = Tuned(Choice(entry.chunk, entry.values))
+    for knob, values in stages(case, entry, quick):
+        choices = [tried(found.choice, knob, value) for value in values]
+        jobs = {choice: job(case, entry.policy, TUNED_AT, seed, *choice) for choice in choices}
+        records = {choice: record for choice in choices if (record := known(jobs[choice])) is not None}
+        found.tried.update(records)
+        if len(records) < len(choices):
+            return found, [asked for choice, asked in jobs.items() if choice not in records]
+        found.choice = max(choices, key=lambda choice: merit(records[choice]))
+    return found, []
 
 
 def point(load: float, record: Record) -> Point:

@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from polyserve.core import bound
+from polyserve.core.settings import engine_wish, policy
 from polyserve.study.ground import Case
 from polyserve.study.settings import Entry, Pairs
 
@@ -20,6 +21,7 @@ from polyserve.study.settings import Entry, Pairs
 CHUNKS = (256, 512, 1024, 2048, 4096, 8192)
 FEWER_CHUNKS = (512, 1024, 2048, 8192)
 QUICK_CHUNKS = (512, 2048, 8192)
+BESIDE_DYNAMIC = (512, 2048)
 
 
 class Choice(NamedTuple):
@@ -40,33 +42,31 @@ def stages(case: Case, entry: Entry, quick: bool) -> list[tuple[str, list[object
 def tried(best: Choice, knob: str, value: object) -> Choice:
     """The best so far with one knob turned."""
     if knob == "chunk":
-        assert isinstance(value, int)
+        assert value is None or isinstance(value, int)
         return Choice(value, best.values)
     return Choice(best.chunk, (*((key, old) for key, old in best.values if key != knob), (knob, value)))
 
 
 def _chunks(case: Case, entry: Entry, quick: bool) -> list[object]:
-    values = QUICK_CHUNKS if quick else CHUNKS if len(entry.tunes) == 1 else FEWER_CHUNKS
+    """Fixed chunks; where engines size chunks themselves, that first and few fixed ones beside it."""
     limit = case.profile().limits.max_num_batched_tokens
+    if entry.role != "variant" and engine_wish(policy(entry.policy).router).chunk == "dynamic":
+        return [None, *sorted({min(chunk, limit) for chunk in BESIDE_DYNAMIC[quick:]})]
+    values = QUICK_CHUNKS if quick else CHUNKS if len(entry.tunes) == 1 else FEWER_CHUNKS
     return [*sorted({min(chunk, limit) for chunk in values})]
 
 
 def _sizes(case: Case, entry: Entry, quick: bool) -> list[object]:
-    """Partitions by the instances that each tier needs: to the nearest, tight tiers rounded up, and roomier ones."""
-    needs = needed(case)
-    sized = [rounded(needs), tight_up(needs)]
-    if case.world.later:
-        sized.append(rounded(_needs_of(case, case.paces)))
-    if not quick:
-        roomier = [need * (1.15 if n < len(needs) / 2 else 1.0) for n, need in enumerate(needs)]
-        sized.append(rounded([need * sum(needs) / sum(roomier) for need in roomier]))
-    return list(dict.fromkeys(",".join(map(str, sizes)) for sizes in sized))
+    """Partitions, besides the one that serves most in the fluid (none given): tight tiers rounded up."""
+    return ["", ",".join(map(str, tight_up(needed(case))))]
 
 
 KNOBS: dict[str, Knob] = {
     "chunk": _chunks,
-    "static_sizes": _sizes,
+    "chunk_bound": lambda case, entry, quick: ["slack", "pace"],
+    "chunk_floor_tokens": lambda case, entry, quick: [64, 256] if quick else [64, 128, 256, 512],
     "balance": lambda case, entry, quick: ["least-requests", "round-robin"],
+    "static_sizes": _sizes,
     "slo_buffer": lambda case, entry, quick: [1.0, 0.85] if quick else [1.0, 0.9, 0.75],
 }
 
@@ -81,20 +81,6 @@ def _needs_of(case: Case, shares: tuple[tuple[float, float], ...]) -> list[float
     true, mixes = case.profile(), case.mixes(shares)
     each = [m.share / bound.instance_rate(true, m.prompt, m.output, m.context, m.attention, m.tpot_s) for m in mixes]
     return [need * case.fleet.instances / sum(each) for need in each]
-
-
-def rounded(needs: Sequence[float]) -> list[int]:
-    """Whole sizes of the same sum, by largest remainders; nobody below one while there are instances enough."""
-    total = round(sum(needs))
-    least = 1 if total >= len(needs) else 0
-    sizes = [max(math.floor(need), least) for need in needs]
-    while sum(sizes) < total:
-        n = max(range(len(needs)), key=lambda n: (needs[n] - sizes[n], -n))
-        sizes[n] += 1
-    while sum(sizes) > total:
-        n = min((n for n in range(len(needs)) if sizes[n] > least), key=lambda n: (needs[n] - sizes[n], -n))
-        sizes[n] -= 1
-    return sizes
 
 
 def tight_up(needs: Sequence[float]) -> list[int]:
