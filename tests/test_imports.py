@@ -38,7 +38,7 @@ CORE = (
     ("fleet",),
     ("pending",),
     ("forecast", "admission", "scaling"),
-    ("routing", "autoscaling"),
+    ("routing", "autoscaling", "latency"),
     ("baselines",),
     ("controller",),
 )

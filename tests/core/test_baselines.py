@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from scenes import STEADY, TIERS, Crew
 from test_routing import costly, full, steady, wait, where
 
-from polyserve.core.baselines import POOLS, Given, OnePool, Predictor, router
-from polyserve.core.fleet import Books, Job
+from polyserve.core.baselines import POOLS, Given, OnePool, router
 from polyserve.core.forecast import Forecaster
 from polyserve.core.profile import Limits
 from polyserve.core.routing import Placement
@@ -175,41 +174,6 @@ def test_prompt_tokens_times_batch_weighs_one_against_the_other() -> None:
     # 100 * (5 + 1) against (400 + 100) * (1 + 1), then 1000 * 6 against 1400 * 2.
     assert chosen("ptokens-batch", crew, 1, prompt=100) == ["many"]
     assert chosen("ptokens-batch", crew, 1, prompt=1000) == ["queue"]
-
-
-def predicted(crew: Crew, books: Books, job: Job) -> tuple[float, float]:
-    latency = Predictor(crew.demand).of(0.0, job, books)
-    return latency.ttft_s, latency.tpot_s
-
-
-def test_an_idle_instance_is_predicted_to_take_the_prompt_in_chunks() -> None:
-    crew = steady()
-    books = crew.instance("i", chunk=FIXED)
-    ttft_s, tpot_s = predicted(crew, books, crew.job("r", "tight", prompt=300))
-    assert ttft_s == pytest.approx(2 * (0.01 + 0.0128) + 0.01 + 0.0044), "128, 128 and 44 tokens"
-    assert tpot_s == pytest.approx(0.0101), "nothing is known of prompts to come"
-
-
-def test_a_batch_is_predicted_to_draw_the_prompts_that_it_will_be_followed_by() -> None:
-    crew = steady()
-    books = crew.instance("i", residents=4, chunk=FIXED)
-    for _ in range(10):
-        crew.demand.arrived(0.0, "tight", 1000)
-        crew.demand.ended("tight", 1000, 100)
-    prompt, output = crew.demand.lengths
-    drawn = 5 * prompt / output
-    assert 10 < drawn < 128
-    assert predicted(crew, books, crew.job("r", "tight"))[1] == pytest.approx(0.01 + (drawn + 5) * 1e-4)
-
-
-@given(st.integers(0, 12), st.integers(1, 2000), st.integers(1, 2000))
-def test_more_to_do_is_never_predicted_to_be_done_sooner(residents: int, prompt: int, more: int) -> None:
-    crew = costly()
-    books = crew.instance("i", residents=residents, chunk=FIXED)
-    short = predicted(crew, books, crew.job("short", "tight", prompt=prompt))
-    long = predicted(crew, books, crew.job("long", "tight", prompt=prompt + more))
-    assert long[0] > short[0]
-    assert long[1] >= short[1]
 
 
 def test_least_headroom_packs_while_everybody_is_kept() -> None:

@@ -15,7 +15,7 @@ from random import Random
 
 from polyserve.core.fleet import Books, Fleet, Job
 from polyserve.core.forecast import Forecaster
-from polyserve.core.kernels import FIXED
+from polyserve.core.latency import Latency, Predictor, compile_latency
 from polyserve.core.pending import Pending
 from polyserve.core.routing import Ladder, Placement, Refusal, Router
 from polyserve.core.scaling import Demand
@@ -224,53 +224,6 @@ class PromptTokensTimesBatch(OnePool):
         return min(ready, key=lambda b: (score(b), b.id))
 
 
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """What a request would get on an instance, in the mean."""
-
-    ttft_s: float
-    tpot_s: float
-
-
-class Predictor:
-    """TTFT and TPOT from how many decode, what they hold and how many prompt tokens are queued.
-
-    TTFT: the queued tokens and the newcomer's, cut into the engine's chunks, at what such an iteration takes. TPOT: an
-    iteration of everybody decoding, with as many prompt tokens as such a batch draws in the long run, which is what
-    a predictor that is trained on the answers of running requests learns.
-    """
-
-    def __init__(self, demand: Demand) -> None:
-        self._demand = demand
-
-    def of(self, now: float, job: Job, books: Books) -> Latency:
-        books.roll(now)
-        decodes, kv, queued, left = books.tally()
-        profile, prompt = books.profile, job.prefill_tokens
-        mean_prompt, mean_output = self._demand.lengths
-        tokens, chunk = left + prompt, self._chunk(books, decodes, kv)
-        full, rest = divmod(tokens, chunk)
-        work = 0.5 * max(mean_prompt, prompt)  # attention per prompt token: half of what lies before it
-        ttft_s = full * profile.iteration_s(chunk, decodes, kv, chunk * work)
-        ttft_s += profile.iteration_s(rest, decodes, kv, rest * work) if rest else 0.0
-        if books.jobs:  # an iteration runs, on average half of it still
-            running = min(left, chunk)
-            ttft_s += 0.5 * profile.iteration_s(running, decodes, kv, running * work)
-        batch = decodes + queued + 1
-        drawn = min(batch * mean_prompt / mean_output, chunk)
-        tpot_s = profile.iteration_s(drawn, batch, kv + tokens, drawn * 0.5 * mean_prompt)
-        return Latency(ttft_s * books.scale, tpot_s * books.scale)
-
-    def _chunk(self, books: Books, decodes: int, kv: float) -> int:
-        """Prompt tokens beside the decodes of one iteration, on average."""
-        most = max(books.law.tokens - decodes, 1)
-        if books.law.kind == FIXED or math.isinf(books.pace_s) or not decodes:
-            return most
-        return max(
-            min(books.profile.largest_chunk(books.pace_s / books.scale, decodes, kv, 0, most), most), books.law.floor
-        )
-
-
 class LeastHeadroom(OnePool):
     """Among the instances predicted to keep every SLO the one that keeps them by the least: llm-d's way.
 
@@ -285,11 +238,12 @@ class LeastHeadroom(OnePool):
 
     def __init__(self, given: Given) -> None:
         super().__init__(given)
-        self._predictor = Predictor(given.demand)
+        compile_latency()
         self._buffer = given.settings.slo_buffer
 
     def choose(self, now: float, job: Job, ready: Sequence[Books]) -> Books:
-        predicted = [self._predictor.of(now, job, books) for books in ready]
+        predictor = Predictor(self._given.demand, now, job.prefill_tokens)
+        predicted = [predictor.of(books) for books in ready]
         if job.slo is None:  # as fast as can be
             return min(zip(predicted, ready, strict=True), key=lambda p: (p[0].ttft_s, p[1].id))[1]
         ttft_s = (job.due_at - now) * self._buffer
@@ -335,29 +289,36 @@ class SingleSlo(OnePool):
 
     def __init__(self, given: Given) -> None:
         super().__init__(given)
-        self._predictor = Predictor(given.demand)
+        compile_latency()
         self._tpot_s = given.tiers[0].tpot_s
         self._buffer = given.settings.slo_buffer
 
     def place(self, now: float, job: Job) -> Placement | None:
+        predictor = Predictor(self._given.demand, now, job.prefill_tokens)
         ready = [b for b in self._fleet.ready() if b.id not in job.avoid]
-        able = [(tpot_s, b.id, b) for b in ready if (tpot_s := self._fits(now, job, b)) is not None]
+        able = [(tpot_s, b.id, b) for b in ready if (tpot_s := self._fits(now, job, b, predictor)) is not None]
         return Placement(job, max(able)[2]) if able else None
 
-    def _fits(self, now: float, job: Job, books: Books) -> float | None:
+    def _fits(self, now: float, job: Job, books: Books, predictor: Predictor) -> float | None:
         """The TPOT predicted with the job; None when that or its TTFT is beyond the SLO."""
-        predicted = self._predictor.of(now, job, books)
-        seats = len(books.jobs) < books.max_num_seqs
+        if len(books.jobs) >= books.max_num_seqs:
+            return None
+        predicted = predictor.of(books)
         in_time = job.late or predicted.ttft_s <= (job.due_at - now) * self._buffer
-        paced = predicted.tpot_s <= self._tpot_s * self._buffer
-        return predicted.tpot_s if seats and in_time and paced else None
+        return predicted.tpot_s if in_time and self._paced(predicted) else None
+
+    def _paced(self, predicted: Latency) -> bool:
+        return predicted.tpot_s <= self._tpot_s * self._buffer
 
     def refill(self, now: float, books: Books, pending: Pending) -> Iterator[Placement]:
+        demand = self._given.demand
+        if not self._paced(Predictor(demand, now, 1).of(books)):
+            return  # not even the shortest prompt
         refused = 0
         for job in _first(pending, 32):
             if books.id in job.avoid:
                 continue
-            if self._fits(now, job, books) is not None:
+            if self._fits(now, job, books, Predictor(demand, now, job.prefill_tokens)) is not None:
                 yield Placement(job, books)
             elif (refused := refused + 1) > self._given.settings.head_walk:
                 return
