@@ -13,13 +13,13 @@ PROFILE = "a100-llama-3-8b"
 def small(**values: Any) -> Ask:
     """A few requests a second with long prompts: a fleet of two or three."""
     usual: dict[str, Any] = {
-        "trace": "uniform:4000/40",
-        "rate": 5.0,
+        "trace": "uniform:6000/10",
+        "rate": 4.0,
         "tpots": TPOTS,
-        "ttfts": (0.5, 1.0),
+        "ttfts": (1.0, 2.0),
         "target": 0.9,
         "profiles": (PROFILE,),
-        "requests": 150,
+        "requests": 100,
         "seeds": 2,
         "search_seeds": 1,
         "tolerance": 0.3,

@@ -23,11 +23,6 @@ def plan() -> Plan:
     return make_plan(small(shifts=shifts, compare=(Rival("minimal"),), prices={PROFILE: 2.0}))
 
 
-@pytest.fixture(scope="module")
-def two_kinds() -> Plan:
-    return make_plan(small(profiles=KINDS, seeds=1))
-
-
 def test_the_planned_fleet_attains_the_target_and_one_less_does_not(plan: Plan) -> None:
     (kind,) = plan.kinds
     assert kind.planned is not None
@@ -80,9 +75,8 @@ def test_the_only_kind_is_the_best_and_costs_its_price(plan: Plan) -> None:
 
 def test_more_load_never_needs_fewer_instances() -> None:
     bench = Bench(small(seeds=1))
-    counts = [size(bench, FLEET, Load(TPOTS, rate_by=by)).fleet.instances for by in (0.5, 1.0, 2.0)]
-    assert counts == sorted(counts)
-    assert counts[0] < counts[-1]
+    counts = [size(bench, FLEET, Load(TPOTS, rate_by=by)).fleet.instances for by in (0.5, 2.0)]
+    assert counts[0] < counts[1]
 
 
 def test_a_lower_target_never_needs_more_instances() -> None:
@@ -94,22 +88,23 @@ def test_a_lower_target_never_needs_more_instances() -> None:
     assert counts == sorted(counts)
 
 
-def test_the_same_question_has_the_same_answer_in_one_process_or_two(two_kinds: Plan) -> None:
-    together = make_plan(two_kinds.ask, jobs=2)
-    assert together.kinds == two_kinds.kinds
-    assert two_kinds.best is None  # two kinds, and no prices
+def test_the_same_question_has_the_same_answer_in_one_process_or_two() -> None:
+    ask = small(seeds=1)
+    assert make_plan(ask).kinds == make_plan(ask, jobs=2).kinds
 
 
-def test_the_cheapest_kind_is_the_best_where_there_are_prices(two_kinds: Plan) -> None:
-    for dear, cheap in (KINDS, KINDS[::-1]):
-        ask = dataclasses.replace(two_kinds.ask, prices={dear: 100.0, cheap: 0.1})
-        best = dataclasses.replace(two_kinds, ask=ask).best
-        assert best is not None
-        assert best.profile == cheap
+def test_the_cheapest_kind_is_the_best_where_there_are_prices(plan: Plan) -> None:
+    (kind,) = plan.kinds
+    assert kind.planned is not None
+    fleet = dataclasses.replace(kind.planned.fleet, profile=KINDS[1])
+    other = dataclasses.replace(kind, profile=KINDS[1], sized=dataclasses.replace(kind.planned, fleet=fleet))
+    for prices, best in (({KINDS[0]: 9.0, KINDS[1]: 0.1}, other), ({KINDS[0]: 0.1, KINDS[1]: 9.0}, kind), ({}, None)):
+        ask = dataclasses.replace(plan.ask, profiles=KINDS, prices=prices)
+        assert Plan(ask, [kind, other], 0.0).best is best
 
 
 def test_a_target_that_no_size_attains_gives_the_best_found() -> None:
-    plan = make_plan(small(max_instances=1, rate=15.0))
+    plan = make_plan(small(max_instances=1, rate=12.0))
     (kind,) = plan.kinds
     assert kind.planned is None
     assert plan.best is None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,8 @@ from polyserve.cli import main
 from polyserve.planner.tell import percent
 
 SMALL = (
-    *("--trace", "uniform:4000/40", "--rate", "5", "--tpot", "30ms:50,100ms:50", "--ttft", "500ms,1s"),
-    *("--target", "90", "--seeds", "2", "--requests", "150", "--max-instances", "6"),
+    *("--trace", "uniform:6000/10", "--rate", "4", "--tpot", "30ms:50,100ms:50", "--ttft", "1s,2000ms"),
+    *("--target", "90", "--seeds", "2", "--requests", "100", "--max-instances", "6"),
 )
 DOCS = Path(__file__).parents[2] / "docs" / "planning.md"
 
@@ -28,15 +31,25 @@ def plan(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]
     return ended.value.code, out, err
 
 
+@dataclass(frozen=True)
+class Told:
+    """What one small plan said, wrote and drew."""
+
+    out: str
+    err: str
+    json: dict[str, Any]
+    png: Path
+
+
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """The JSON and the picture of one small plan."""
-    folder = tmp_path_factory.mktemp("plan")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    folder, out, err = tmp_path_factory.mktemp("plan"), StringIO(), StringIO()
     args = [*SMALL, "--price", "2.5", "--shift", "30=1.2,prompts=1.1", "--compare", "minimal@512", "--quick"]
-    with pytest.raises(SystemExit) as ended:
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
         main(["plan", *args, "--json", str(folder / "plan.json"), "--out", str(folder / "plan.png")])
     assert ended.value.code == 0
-    return json.loads((folder / "plan.json").read_text()), folder / "plan.png"
+    plain = json.loads((folder / "plan.json").read_text())
+    return Told(out.getvalue(), err.getvalue(), plain, folder / "plan.png")
 
 
 def keys(value: Any, path: str = "") -> set[str]:
@@ -53,13 +66,13 @@ def keys(value: Any, path: str = "") -> set[str]:
     return found
 
 
-def test_the_json_has_the_keys_that_the_docs_list(told: tuple[dict[str, Any], Path]) -> None:
+def test_the_json_has_the_keys_that_the_docs_list(told: Told) -> None:
     documented = set(re.findall(r"^\| `([^`]+)` \|", DOCS.read_text().split("## The JSON")[1], re.MULTILINE))
-    assert keys(told[0]) == documented
+    assert keys(told.json) == documented
 
 
-def test_the_json_answers_the_question(told: tuple[dict[str, Any], Path]) -> None:
-    answer = told[0]
+def test_the_json_answers_the_question(told: Told) -> None:
+    answer = told.json
     assert answer["schema"] == "polyserve.plan/1"
     assert answer["best"] == "a100-llama-3-8b"
     assert answer["question"]["tpot_ms"] == {"30": 0.5, "100": 0.5}
@@ -76,9 +89,9 @@ def test_the_json_answers_the_question(told: tuple[dict[str, Any], Path]) -> Non
 
 
 def test_the_command_it_gives_simulates_the_first_seed_of_the_plan(
-    told: tuple[dict[str, Any], Path], capsys: pytest.CaptureFixture[str]
+    told: Told, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (kind,) = told[0]["kinds"]
+    (kind,) = told.json["kinds"]
     with pytest.raises(SystemExit):
         main([*kind["command"].split()[1:], "--json", "-"])
     simulated = json.loads(capsys.readouterr().out)
@@ -90,22 +103,23 @@ def test_the_command_it_gives_simulates_the_first_seed_of_the_plan(
         assert simulated["attainment"]["worst_tier"] >= worst["attainment"]
 
 
-def test_the_picture_is_a_png(told: tuple[dict[str, Any], Path]) -> None:
-    assert told[1].read_bytes().startswith(b"\x89PNG")
+def test_the_picture_is_a_png(told: Told) -> None:
+    assert told.png.read_bytes().startswith(b"\x89PNG")
 
 
-def test_people_get_tables_and_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = plan(capsys, *SMALL, "--shift", "none", "--seeds", "1")
-    assert code == 0
-    assert "uniform:4000/40 at 5 requests/s, 90 % of every tier in time, polyserve" in out
-    assert re.search(r"│ a100-llama-3-8b +│ +\d+ │", out)
-    assert "again: polyserve simulate --trace uniform:4000/40" in out
-    assert "if demand shifts" not in out
-    assert "[2/2] a100-llama-3-8b: headroom" in err
+def test_people_get_tables_and_progress_goes_to_stderr(told: Told) -> None:
+    assert "uniform:6000/10 at 4 requests/s, 90 % of every tier in time, polyserve" in told.out
+    assert re.search(r"│ a100-llama-3-8b +│ +\d+ │", told.out)
+    assert "again: polyserve simulate --trace uniform:6000/10" in told.out
+    assert "a100-llama-3-8b: if demand shifts" in told.out
+    assert "a100-llama-3-8b: the same with other policies" in told.out
+    assert [line.split("]")[0] for line in told.err.splitlines() if line.startswith("[") and "headroom" in line] == [
+        "[2/4"
+    ]
 
 
 def test_a_target_that_no_size_attains_ends_with_code_1_and_the_best_found(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = plan(capsys, *SMALL, "--rate", "20", "--max-instances", "1", "--seeds", "1", "--json", "-")
+    code, out, err = plan(capsys, *SMALL, "--rate", "12", "--max-instances", "1", "--seeds", "1", "--json", "-")
     assert code == 1
     (kind,) = json.loads(out)["kinds"]
     assert kind["instances"] is None

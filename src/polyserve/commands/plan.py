@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,11 +11,8 @@ if TYPE_CHECKING:
     from polyserve.planner.ask import Ask
     from polyserve.planner.plan import Plan
 
-# Requests in one run at most, seeds, and how near the headroom is found; the same with --quick.
-REQUESTS, QUICK_REQUESTS = 10_000, 3_000
-SEEDS, QUICK_SEEDS = 3, 2
-SEARCH_SEEDS, QUICK_SEARCH_SEEDS = 2, 1
-TOLERANCE, QUICK_TOLERANCE = 0.02, 0.05
+# What --quick changes of the question: shorter runs, and fewer seeds.
+QUICK = {"requests": 3_000, "seeds": 2, "search_seeds": 1, "tolerance": 0.05, "warm": 0.9, "residencies": 1.5}
 
 
 def plan(
@@ -43,7 +40,9 @@ def plan(
     compare: Annotated[str, typer.Option(help="Policies to plan for as well: minimal,round-robin@512")] = "",
     seed: Annotated[int, typer.Option(help="Same seed, same plan.")] = 0,
     seeds: Annotated[int | None, typer.Option(help="Seeds that confirm the plan; default 3, quick 2.")] = None,
-    requests: Annotated[int | None, typer.Option(help="In one run at most; default 10000, quick 3000.")] = None,
+    requests: Annotated[
+        int | None, typer.Option(help="Measured in one run at most; default 10000, quick 3000.")
+    ] = None,
     max_instances: Annotated[int | None, typer.Option(help="Largest fleet tried; default six times the bound.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Shorter runs and fewer seeds.")] = False,
     jobs: Annotated[int, typer.Option(help="Processes; a kind and a shift can be done by each.")] = 1,
@@ -70,11 +69,12 @@ def plan(
         shifts=shift,
         compare=compare,
         seed=seed,
-        seeds=(QUICK_SEEDS if quick else SEEDS) if seeds is None else seeds,
-        search_seeds=QUICK_SEARCH_SEEDS if quick else SEARCH_SEEDS,
-        requests=(QUICK_REQUESTS if quick else REQUESTS) if requests is None else requests,
-        tolerance=QUICK_TOLERANCE if quick else TOLERANCE,
         max_instances=max_instances,
+        effort={
+            **(QUICK if quick else {}),
+            **({} if seeds is None else {"seeds": seeds}),
+            **({} if requests is None else {"requests": requests}),
+        },
     )
     if out and not out.lower().endswith(".png"):
         raise PlanError(f"out: a file that ends in .png, not {out!r}")
@@ -106,11 +106,8 @@ def _ask(
     shifts: list[str] | None,
     compare: str,
     seed: int,
-    seeds: int,
-    search_seeds: int,
-    requests: int,
-    tolerance: float,
     max_instances: int | None,
+    effort: dict[str, Any],
 ) -> Ask:
     """The question that the options ask; raises `PlanError`, `DemandError`."""
     from polyserve.demand import parse_arrivals, parse_tpot, parse_ttft
@@ -140,11 +137,8 @@ def _ask(
         compare=tuple(asks.parse_rival(item) for item in _items(compare)),
         shifts=chosen,
         seed=seed,
-        seeds=seeds,
-        search_seeds=search_seeds,
-        requests=requests,
-        tolerance=tolerance,
         max_instances=max_instances,
+        **effort,
     )
 
 

@@ -105,7 +105,9 @@ class Ask:
     seed: int = 0
     seeds: int = 3  # how many confirm the plan
     search_seeds: int = 2  # at most, where a search or a side question judges a fleet; at least one, at most `seeds`
-    requests: int = 10_000  # about as many at most are simulated in one run
+    requests: int = 10_000  # about as many at most are measured in one run, unless they stay longer
+    warm: float = 0.95  # of the requests that a fleet will hold at once, as many are there when measuring begins
+    residencies: float = 3.0  # mean ones, that a run measures at least
     tolerance: float = 0.02  # of the headroom
     max_instances: int | None = None  # None: several times the bound
 

@@ -27,12 +27,9 @@ from polyserve.report import tier_key
 from polyserve.sim.scenario import Prepared, Scenario, evaluate, prepare
 from polyserve.traces import Trace, read_trace
 
-# Of the requests that a fleet will hold at once, as many are there when the measured window begins.
-WARM = 0.95
 # The scarcest tier has this many requests for every one that may miss, within bounds.
 PER_MISS, FEWEST, MOST = 4.0, 100, 400
-# Windows shorter than this many mean residencies are too short to say much, however many requests they have.
-LEAST_RESIDENCIES = 3.0
+# Bursts shorter than this decide nothing.
 SHORTEST_S = 20.0
 # With less of its TTFT to spare, a request can be in time on an instance that is idle, or nearly.
 SPARE = 0.2
@@ -47,7 +44,7 @@ class Window:
     warm_up_s: float
     measured_s: float
     residency_s: float
-    cut: bool  # shorter than it should be, since runs are bounded
+    cut: bool  # fewer requests than the target asks for, since their number is bounded
 
     @property
     def whole_s(self) -> float:
@@ -73,6 +70,8 @@ class Bench:
         if self._recorded:
             self._trace = busiest(self._trace, ask.requests)
         self._workloads: dict[tuple[str, Load], Workload] = {}
+        self._leasts: dict[tuple[str, Load], float] = {}
+        self._windows: dict[tuple[str, Load], Window] = {}
         self._trials: dict[tuple[Fleet, Load, int], Trial] = {}
 
     # ------------------------------------------------------------------------------------------ the demand
@@ -86,12 +85,14 @@ class Bench:
 
     def least(self, profile: str, load: Load) -> float:
         """Instances that the fluid optimum needs, a fraction; raises `PlanError` where a pace cannot be held."""
-        kind = load_profile(profile)
-        check_paces(kind, load)
-        one = bound.optimal_rate(kind, 1, self._workload(profile, load).mixes())
-        if one <= 0:
-            raise PlanError("no number of instances of this kind can hold every pace asked for")
-        return self.rate(profile, load) / one
+        if (profile, load) not in self._leasts:
+            kind = load_profile(profile)
+            check_paces(kind, load)
+            one = bound.optimal_rate(kind, 1, self._workload(profile, load).mixes())
+            if one <= 0:
+                raise PlanError("no number of instances of this kind can hold every pace asked for")
+            self._leasts[profile, load] = self.rate(profile, load) / one
+        return self._leasts[profile, load]
 
     def infeasible_share(self, profile: str, load: Load) -> float:
         """Of the requests drawn, those that even an idle instance of this kind would serve too late."""
@@ -108,7 +109,10 @@ class Bench:
     def window(self, profile: str, load: Load) -> Window:
         """How long runs of this load are: the same at any rate, save that a recording is simulated once through."""
         usual = dataclasses.replace(load, rate_by=1.0)
-        span = window(self._workload(profile, load), self.rate(profile, usual), usual, self.ask)
+        if (profile, usual) not in self._windows:
+            stays = self._workload(profile, usual)
+            self._windows[profile, usual] = window(stays, self.rate(profile, usual), usual, self.ask)
+        span = self._windows[profile, usual]
         return span.shortened(load.rate_by) if self._recorded else span
 
     def _workload(self, profile: str, load: Load) -> Workload:
@@ -213,18 +217,16 @@ def window(workload: Workload, rate: float, load: Load, ask: Ask) -> Window:
     stays = np.array([r.slo.ttft_s + n * r.slo.tpot_s for r, n in workload if r.slo is not None])
     mean = float(stays.mean())
     # What share of those present at last is present after t: those who stay s contribute min(s, t).
-    low, high = 0.0, float(stays.max())
+    low, warm = 0.0, float(stays.max())
     for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if np.minimum(stays, middle).mean() < WARM * mean else (low, middle)
+        middle = (low + warm) / 2
+        low, warm = (middle, warm) if np.minimum(stays, middle).mean() < ask.warm * mean else (low, middle)
     scarcest = min(share for _, share in load.tpots)
     wanted = min(max(PER_MISS / (1 - ask.target), FEWEST), MOST) / scarcest / rate
-    measured = max(wanted, LEAST_RESIDENCIES * mean, SHORTEST_S)
     if ask.arrivals.kind == "recorded":
-        measured = max(len(workload) / rate - high, high)  # once through
-    whole = high + measured
-    share = min(1.0, max(ask.requests / rate, SHORTEST_S) / whole)
-    return Window(round(high * share, 6), round(measured * share, 6), mean, share < 0.999)
+        wanted = len(workload) / rate - warm  # once through
+    measured = max(min(wanted, ask.requests / rate), ask.residencies * mean, SHORTEST_S)
+    return Window(round(warm, 6), round(measured, 6), mean, measured < 0.99 * wanted)
 
 
 def longer(trace: Trace, prompts_by: float, outputs_by: float) -> Trace:

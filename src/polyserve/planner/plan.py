@@ -200,6 +200,9 @@ def planned(bench: Bench, profile: str, pictured: bool) -> Kind:
         barely_share=bench.barely_share(profile, load),
         other_bounds=other_bounds(bench, profile),
     )
+    assert kind.window is not None
+    simulated = round(kind.rate * kind.window.whole_s)
+    bench.saying.done(f"{profile}: about {simulated} requests a run")
     fleet = Fleet(profile, 0, ask.policy)
     kind.sized = sized = size(bench, fleet, load)
     count = sized.fleet.instances

@@ -294,7 +294,7 @@ def _lines(plan: Plan, kind: Kind, sized: Sized) -> Iterator[str]:
         f"{len(sized.trial.seeds)} seeds; requests stay up to {window.residency_s:.0f} s on average"
     )
     if window.cut:
-        yield "the runs are shorter than they should be for this rate: --requests makes them longer"
+        yield "a run measures fewer requests than tell such a target from luck: --requests gives it more"
     if kind.infeasible_share >= 0.0005:
         how = "left out" if plan.ask.arrivals.kind == "recorded" else "replaced by others"
         yield (
