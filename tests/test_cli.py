@@ -34,7 +34,7 @@ BAD = [
     (["--trace", "nowhere"], "unknown trace 'nowhere'; there are: aibrix-ramp"),
     (["--trace", "uniform:0/5"], "whole P and D of at least 1"),
     (["--set", "colour=red"], "unknown setting 'colour'; there are: autoscaler"),
-    (["--set", "placement=left"], "setting 'placement' is one of fill, spread"),
+    (["--set", "placement=left"], "setting 'placement' is one of auto, fill, spread"),
     (["--set", "guest_reserve=much"], "setting 'guest_reserve' is a number, not 'much'"),
     (["--set", "placement"], "--set: KEY=VALUE, not 'placement'"),
     (["--rate", "0"], "rate is a positive number, not 0"),

@@ -32,7 +32,7 @@ switches = st.fixed_dictionaries(
     optional={
         "promotion": st.sampled_from(["off", "lazy", "eager"]),
         "promotion_order": st.sampled_from(["nearest", "tightest"]),
-        "placement": st.sampled_from(["fill", "spread"]),
+        "placement": st.sampled_from(["auto", "fill", "spread"]),
         "tight_on_loose": st.booleans(),
         "relabel": st.booleans(),
         "sizing": st.sampled_from(["demand", "pending"]),

@@ -38,7 +38,7 @@ TIERS = (
     Tier("100", 0.1, 2.0, on_late="serve_late"),
 )
 SWITCHES: dict[str, tuple[object, ...]] = {
-    "placement": ("fill", "spread"),
+    "placement": ("auto", "fill", "spread"),
     "promotion": ("lazy", "eager", "off"),
     "promotion_order": ("nearest", "tightest"),
     "tight_on_loose": (False, True),

@@ -75,7 +75,8 @@ class Ladder:
         self._forecaster = forecaster
         self._demand = demand
         self.considered: list[Refusal] = []
-        self._spread = settings.placement == "spread"
+        fixed = settings.max_instances == 0
+        self._spread = settings.placement == "spread" or (settings.placement == "auto" and fixed)
         self._hosts_of = {tier.name: self._hosts(tier) for tier in tiers}
 
     # --------------------------------------------------------------------------------------------- one request

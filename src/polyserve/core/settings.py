@@ -26,8 +26,9 @@ class Settings:
     # Who serves a request: the ladder of tiers, a baseline (`ROUTERS`), or their.module:Policy.
     router: str = "tiers"
 
-    # Placement inside a tier: `fill` takes the most loaded instance that admits, `spread` the least loaded.
-    placement: Literal["fill", "spread"] = "fill"
+    # Placement inside a tier: `fill` takes the most loaded instance that admits, so that others empty and can be given
+    # back; `spread` the least loaded; `auto` fills where the fleet is elastic and spreads where it is fixed.
+    placement: Literal["auto", "fill", "spread"] = "auto"
     # Looser requests on tighter instances: when own instances are full (`lazy`), whenever it admits (`eager`).
     promotion: Literal["off", "lazy", "eager"] = "lazy"
     promotion_order: Literal["nearest", "tightest"] = "nearest"
