@@ -33,6 +33,8 @@ def result(study: Study, found: Sequence[AnyFound], command: str) -> Json:
     cases = [_case(case, [(t, f) for t, f in pairs if t.case == case]) for case in study.cases]
     made_by = {record["code"] for f in found for record in _records(f)}
     notes = [f"not there yet, so not compared: {', '.join(study.missing)}"] if study.missing else []
+    if study.left_out:
+        notes.append(f"only without --quick: {', '.join(study.left_out)}")
     if made_by - {code()}:
         notes.append("some runs were made by other code than this; --fresh makes them again")
     return {

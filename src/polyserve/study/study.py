@@ -30,6 +30,7 @@ class Study:
     seed: int
     tracks: tuple[Track | DayTrack, ...]
     missing: tuple[str, ...]  # entries whose policy does not exist here
+    left_out: tuple[str, ...]  # entries of the full study that a quick one goes without
 
     @property
     def cases(self) -> list[Case]:
@@ -46,6 +47,7 @@ def planned(
     requests: int | None = None,
 ) -> Study:
     """The study of a setting, with other policies or workloads where they are given; raises `StudyError`."""
+    whole = setting
     if quick:
         setting = scaled_down(setting)
     if workloads:
@@ -78,7 +80,8 @@ def planned(
     for case in cases:
         case.optimal_rate  # noqa: B018 - what cannot be served at all is said now
     tracks = tuple(_track(case, each, effort) for case in cases for each in entries)
-    return Study(setting, quick, seed, tracks, tuple(missing))
+    left_out = () if policies else tuple(label for label in whole.entries if label not in setting.entries)
+    return Study(setting, quick, seed, tracks, tuple(missing), left_out)
 
 
 def _track(case: Case, each: Entry, effort: Effort) -> Track | DayTrack:
