@@ -157,7 +157,7 @@ def _tell(answer: Plan, json_to: str, out: str) -> None:
     console = Console(stderr=json_to == "-", highlight=False)
     if not console.is_terminal:
         console = Console(stderr=json_to == "-", highlight=False, width=150)
-    console.print(tables(answer), soft_wrap=False)
+    console.print(tables(answer), crop=False)
     if out:
         draw_plan(answer, out)
     if json_to:

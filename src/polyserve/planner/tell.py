@@ -241,13 +241,16 @@ def _summary_cells(plan: Plan, kind: Kind, priced: bool) -> list[str]:
 
 def _about(plan: Plan, kind: Kind) -> Iterator[RenderableType]:
     sized = kind.sized
-    if sized is None:
+    if sized is None or kind.window is None:
         yield Text(kind.problem or "")
         return
     if not sized.found:
         yield Text(f"{kind.profile}: {why_not(sized, plan.ask.target)}")
     yield _tiers(plan, kind, sized)
     yield from map(Text, _lines(plan, kind, sized))
+    # In one line, so that it can be copied.
+    again = command(plan.ask, sized.fleet, kind.window, kind.rate, plan.ask.seed)
+    yield Text(f"again: {again}", no_wrap=True, overflow="ignore")
     if kind.shifts:
         yield Text()
         yield _shifts(plan, kind, sized)
@@ -321,7 +324,6 @@ def _lines(plan: Plan, kind: Kind, sized: Sized) -> Iterator[str]:
         yield "with its only instance lost nothing is served"
     if kind.headroom is not None and kind.headroom.breaks is not None:
         yield f"beyond the headroom of {more(kind.headroom)} tier {kind.headroom.breaks} ms breaks first"
-    yield f"again: {command(plan.ask, sized.fleet, window, kind.rate, plan.ask.seed)}"
 
 
 def _shifts(plan: Plan, kind: Kind, sized: Sized) -> Table:
