@@ -11,7 +11,7 @@ from polyserve.core import bound
 from polyserve.core.types import ChunkRule
 from polyserve.demand import draw_requests
 from polyserve.study.ground import Case
-from polyserve.study.settings import PACES, SWAPPED, TTFTS, StudyError, World, fleet
+from polyserve.study.settings import PACES, SWAPPED, TTFTS, Fleet, StudyError, World, fleet
 from polyserve.traces import read_trace
 
 OLD = fleet("a100-llama-3-8b-mixed", 20)
@@ -26,10 +26,12 @@ def test_the_bound_is_what_a_long_draw_comes_to(workload: str) -> None:
         duration_s=50_000.0,
         tpots=PACES,
         ttfts=TTFTS,
-        feasible=partial(bound.feasible, case.profile(), ChunkRule()),
+        feasible=partial(bound.feasible, case.true(case.fleet.profile), ChunkRule()),
         seed=3,
     )
-    assert case.optimal_rate == pytest.approx(bound.optimal_rate(case.profile(), 20, drawn.mixes()), rel=0.03)
+    assert case.optimal_rate == pytest.approx(
+        bound.optimal_rate(case.true(case.fleet.profile), 20, drawn.mixes()), rel=0.03
+    )
     assert case.infeasible_share == pytest.approx(drawn.infeasible / len(drawn), abs=0.005)
     stays = [max(TTFTS) + output * r.slo.tpot_s for r, output in drawn if r.slo is not None]
     assert case.residency_p99_s == pytest.approx(np.percentile(stays, 99), rel=0.1)
@@ -69,3 +71,19 @@ def test_both_laws_have_their_bound() -> None:
 def test_a_workload_that_nobody_can_serve_is_said() -> None:
     with pytest.raises(StudyError, match="no request is feasible on a100-llama-3-8b-mixed at 20 ms"):
         _ = Case(OLD, "uniform:60000/5").optimal_rate
+
+
+def test_a_fleet_of_two_kinds_serves_at_least_what_both_serve_apart_and_no_more_than_the_better() -> None:
+    young, old = (
+        Case(fleet("h200-llama-3-8b-mixed", 6), "azure-code"),
+        Case(fleet("a100-llama-3-8b-mixed", 12), "azure-code"),
+    )
+    both = Case(Fleet("both", old.fleet.groups + young.fleet.groups), "azure-code")
+    best = Case(fleet("h200-llama-3-8b-mixed", 18), "azure-code")
+    assert young.optimal_rate + old.optimal_rate - 1e-6 <= both.optimal_rate < best.optimal_rate
+
+
+def test_two_groups_of_one_kind_are_one() -> None:
+    whole = Case(OLD, "azure-code")
+    halves = Case(Fleet("halves", fleet("a100-llama-3-8b-mixed", 10).groups * 2), "azure-code")
+    assert halves.optimal_rate == pytest.approx(whole.optimal_rate, rel=1e-9)

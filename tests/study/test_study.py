@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from polyserve.cli import main
-from polyserve.study.settings import SETTINGS, Setting, World, fleet
+from polyserve.study.settings import SETTINGS, Setting, StudyError, World, fleet
+from polyserve.study.study import workers
 
 # Long prompts and short answers: few requests fill the instances, and windows are short.
 TINY = ["study", "--setting", "few", "--quick", "--workloads", "uniform:6000/4", "--requests", "1", "--jobs", "1"]
@@ -121,6 +122,11 @@ def test_json_on_stdout_is_json_alone(capsys: pytest.CaptureFixture[str], tmp_pa
     assert code == 0
     assert json.loads(out) == json.loads((tmp_path / "results.json").read_text())
     assert "random@2048" in err
+
+
+def test_a_worker_that_dies_is_one_clear_line() -> None:
+    with pytest.raises(StudyError, match="a worker process died"), workers(2) as pool:
+        pool.submit(os._exit, 1).result()
 
 
 BAD = [

@@ -16,12 +16,12 @@ import numpy as np
 from polyserve.core import bound
 from polyserve.core.profile import Profile
 from polyserve.core.settings import EngineWish, SettingError, Settings, engine_wish, policy
-from polyserve.core.types import ChunkRule, InstanceId, RequestId, Tier, to_microsecond
-from polyserve.demand import Arrivals, DemandError, Workload, draw_requests
+from polyserve.core.types import ChunkRule, InstanceId, RequestId, Slo, Tier, to_microsecond
+from polyserve.demand import Arrivals, Bools, DemandError, Ints, Workload, draw_requests
 from polyserve.journal import JournalWriter
 from polyserve.profiles.store import load, shipped_names
 from polyserve.report import Facts, Score, score, tier_key
-from polyserve.sim.spec import Faults, Run, SimulationSpec
+from polyserve.sim.spec import Faults, Group, Run, SimulationSpec
 from polyserve.sim.world import simulate
 from polyserve.traces import read_trace
 
@@ -38,6 +38,7 @@ class Scenario:
     trace: str = "azure-conv"
     profile: str = "a100-llama-3-8b"
     instances: int = 20
+    others: tuple[tuple[str, int], ...] = ()  # further instances of other profiles; those that start are of the first
     rate: float | None = None  # None: as recorded
     of_optimal: float | None = None  # instead of a rate: this share of the optimum
     duration_s: float | None = 300.0  # measured, after the warm-up; None: a recorded trace once through
@@ -90,9 +91,10 @@ def prepare(scenario: Scenario) -> Prepared:
     settings = _settings(scenario)
     wish = engine_wish(settings.router)
     profile = load(scenario.profile)
-    true = profile.slowed(1.0 + scenario.bias) if scenario.bias else profile
+    true = _true(scenario, profile)
+    others = [(load(name), count) for name, count in scenario.others]
     warm_up_s = _warm_up_s(scenario)
-    workload = draw(scenario, true, warm_up_s)
+    workload = draw(scenario, [true, *(_true(scenario, other) for other, _ in others)], warm_up_s)
     window = (warm_up_s, workload.duration_s)
     if warm_up_s >= workload.duration_s:
         raise DemandError(f"warm-up of {warm_up_s:g} s leaves nothing of {workload.duration_s:g} s to measure")
@@ -100,6 +102,7 @@ def prepare(scenario: Scenario) -> Prepared:
     mixes = workload.mixes()
     if settings.router == "static" and not settings.static_sizes:
         settings = settings.replaced({"static_sizes": _static_sizes(scenario, profile, mixes)})
+    chunk, order = scenario.chunk, scenario.order or wish.order
     spec = SimulationSpec(
         requests=list(workload),
         tiers=tuple(Tier(tier_key(tpot), tpot, max(scenario.ttfts)) for tpot, _ in sorted(scenario.tpots)),
@@ -107,8 +110,11 @@ def prepare(scenario: Scenario) -> Prepared:
         profile=true,
         believed=profile,
         instances=scenario.instances,
-        chunk=scenario.chunk or _chunk(wish, profile),
-        order=scenario.order or wish.order,
+        chunk=chunk or _chunk(wish, profile),
+        order=order,
+        others=tuple(
+            Group(_true(scenario, other), count, other, chunk or _chunk(wish, other), order) for other, count in others
+        ),
         seed=scenario.seed,
         jitter=scenario.jitter,
         sight=scenario.sight,
@@ -118,21 +124,22 @@ def prepare(scenario: Scenario) -> Prepared:
         faults=faults(scenario, workload, window),
     )
     own = spec.profile
+    alike = bool(mixes) and not others  # a fleet of several kinds has no bound here
     facts = Facts(
         policy=scenario.policy,
         profile=scenario.profile,
         trace=scenario.trace,
         seed=scenario.seed,
-        instances=instances,
+        instances=instances + sum(count for _, count in others),
         settings=dict(scenario.values),
         infeasible=workload.infeasible,
-        optimal_rate=bound.optimal_rate(own, instances, mixes) if mixes else None,
-        strict_optimal_rate=bound.optimal_rate(own, instances, mixes, strict=True) if mixes else None,
-        ceiling=bound.ceiling(own, mixes) if mixes else None,
+        optimal_rate=bound.optimal_rate(own, instances, mixes) if alike else None,
+        strict_optimal_rate=bound.optimal_rate(own, instances, mixes, strict=True) if alike else None,
+        ceiling=bound.ceiling(own, mixes) if alike else None,
         other_bounds={
-            name: bound.optimal_rate(load(name).slowed(1.0 + scenario.bias), instances, mixes)
+            name: bound.optimal_rate(_true(scenario, load(name)), instances, mixes)
             for name in _siblings(scenario.profile)
-            if mixes
+            if alike
         },
     )
     return Prepared(scenario, spec, window, facts)
@@ -161,8 +168,8 @@ def evaluate(
     return Result(run, score(run.outcomes, window, [t.tpot_s for t in prepared.spec.tiers]), facts)
 
 
-def draw(scenario: Scenario, profile: Profile, warm_up_s: float) -> Workload:
-    """The scenario's requests, feasible on an idle instance of the true `profile`.
+def draw(scenario: Scenario, profiles: Sequence[Profile], warm_up_s: float) -> Workload:
+    """The scenario's requests, feasible on an idle instance of one of the true `profiles`.
 
     What is feasible does not depend on the policy, so that all policies get the same requests.
     """
@@ -173,7 +180,7 @@ def draw(scenario: Scenario, profile: Profile, warm_up_s: float) -> Workload:
         trace,
         duration_s=duration_s,
         ttfts=scenario.ttfts,
-        feasible=partial(bound.feasible, profile, ChunkRule()),
+        feasible=partial(feasible, profiles),
         arrivals=scenario.arrivals,
         best_effort=scenario.best_effort,
         seed=scenario.seed,
@@ -182,7 +189,9 @@ def draw(scenario: Scenario, profile: Profile, warm_up_s: float) -> Workload:
     if scenario.of_optimal is not None:
         # Lengths and paces do not depend on the rate, so their means may be taken at any.
         sample = at_rate(rate=1.0, duration_s=max(10_000.0, len(trace)), tpots=scenario.tpots)
-        optimal = bound.optimal_rate(profile, scenario.instances, sample.mixes())
+        if scenario.others:
+            raise DemandError("a fleet of several profiles wants a rate in requests per second")
+        optimal = bound.optimal_rate(profiles[0], scenario.instances, sample.mixes())
         if optimal <= 0:
             raise DemandError(f"profile {scenario.profile} cannot hold every pace asked for, so there is no optimum")
         rate = scenario.of_optimal * optimal / (1.0 - scenario.best_effort)
@@ -194,6 +203,17 @@ def draw(scenario: Scenario, profile: Profile, warm_up_s: float) -> Workload:
         after = at_rate(rate=rate, tpots=scenario.later)
         workload = _joined(workload, _curved(after, scenario.curve) if scenario.curve else after, middle)
     return workload
+
+
+def feasible(profiles: Sequence[Profile], prompts: Ints, outputs: Ints, slo: Slo) -> Bools:
+    """Which requests an idle instance of one of the profiles, with a dynamic chunk, would serve in time."""
+    each = [bound.feasible(profile, ChunkRule(), prompts, outputs, slo) for profile in profiles]
+    anybody: Bools = np.logical_or.reduce(each)
+    return anybody
+
+
+def _true(scenario: Scenario, believed: Profile) -> Profile:
+    return believed.slowed(1.0 + scenario.bias) if scenario.bias else believed
 
 
 def _curved(workload: Workload, curve: Sequence[float]) -> Workload:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 
 from polyserve.core import bound
 from polyserve.core.bound import TierMix
-from polyserve.core.profile import Profile
-from polyserve.core.types import ChunkRule, Slo
+from polyserve.core.profile import Limits, Profile
+from polyserve.core.types import Slo
 from polyserve.profiles.store import load, shipped_names
+from polyserve.sim.scenario import feasible
 from polyserve.study.settings import PACES, QUIET, TTFTS, Fleet, StudyError, World
 from polyserve.traces import Trace, read_trace
 
@@ -70,19 +72,25 @@ class Case:
         day = f", a day of {world.day}, start-up {world.start_up_s:g} s" if world.day else ""
         return f"{self.fleet.name}, {self.workload}{day}"
 
-    def profile(self, name: str | None = None) -> Profile:
-        """The true profile: how long iterations last."""
-        believed = profile_of(name or self.fleet.profile)
+    def true(self, name: str) -> Profile:
+        """The true profile of that name: how long iterations last."""
+        believed = profile_of(name)
         return believed.slowed(1.0 + self.world.bias) if self.world.bias else believed
+
+    @cached_property
+    def limits(self) -> Limits:
+        """The tightest of the fleet's limits on an iteration's tokens decides which fixed chunks can be tried."""
+        each = [profile_of(group.profile).limits for group in self.fleet.groups]
+        return min(each, key=lambda limits: limits.max_num_batched_tokens)
 
     # ------------------------------------------------------------------------------------------------- requests
 
     @cached_property
     def feasible(self) -> list[NDArray[np.bool_]]:
         """Which rows of the trace an idle instance could serve in time, per pace."""
-        trace, true = trace_of(self.workload), self.profile()
+        trace, true = trace_of(self.workload), [self.true(group.profile) for group in self.fleet.groups]
         return [
-            bound.feasible(true, ChunkRule(), trace.prompt_tokens, trace.output_tokens, Slo(max(self.ttfts), pace))
+            feasible(true, trace.prompt_tokens, trace.output_tokens, Slo(max(self.ttfts), pace))
             for pace, _ in self.paces
         ]
 
@@ -107,15 +115,22 @@ class Case:
 
     # --------------------------------------------------------------------------------------------------- bounds
 
-    def bound_of(self, profile: Profile, *, strict: bool = False) -> float:
-        """The fluid optimum in requests per second; where shares change, that of the worse mix."""
+    def bound_of(self, law: Callable[[str], Profile], *, strict: bool = False, one_pace: bool = False) -> float:
+        """The fluid optimum in requests per second where a group's engines run by `law` of its profile's name.
+
+        Where shares change it is that of the worse mix. `one_pace`: everybody at the tightest pace.
+        """
+        kinds = [(law(group.profile), group.instances) for group in self.fleet.groups]
         mixes = [self.mixes(shares) for shares in (self.paces, self.world.later) if shares]
-        return min(bound.optimal_rate(profile, self.fleet.instances, mix, strict=strict) for mix in mixes)
+        if one_pace:
+            tightest = min(pace for pace, _ in self.paces)
+            mixes = [[tier._replace(tpot_s=tightest) for tier in mix] for mix in mixes]
+        return min(fleet_optimum(kinds, mix, strict=strict) for mix in mixes)
 
     @cached_property
     def optimal_rate(self) -> float:
         """The bound that loads are shares of; raises `StudyError` when there is none."""
-        rate = self.bound_of(self.profile())
+        rate = self.bound_of(self.true)
         if rate <= 0:
             raise StudyError(f"{self.fleet.name} cannot hold every pace of {self.workload}, so there is no optimum")
         return rate
@@ -123,17 +138,23 @@ class Case:
     @cached_property
     def bounds(self) -> dict[str, float | None]:
         """Every bound by name: additive and mixed laws where both are shipped, strict, believed, the ceiling."""
-        own = self.fleet.profile
-        plain = own.removesuffix("-mixed")
-        laws = {"additive": plain, "mixed": f"{plain}-mixed"}
-        known = {kind: name for kind, name in laws.items() if name == own or name in shipped_names()}
+        pooled = self.bound_of(self.true, one_pace=True)
         return {
             "optimal_rate": self.optimal_rate,
-            **{f"{kind}_rate": self.bound_of(self.profile(known[kind])) if kind in known else None for kind in laws},
-            "strict_rate": self.bound_of(self.profile(), strict=True),
-            "believed_rate": self.bound_of(profile_of(own)),
-            "ceiling": bound.ceiling(self.profile(), self.mixes(self.paces)),
+            "additive_rate": self._under(""),
+            "mixed_rate": self._under("-mixed"),
+            "strict_rate": self.bound_of(self.true, strict=True),
+            "believed_rate": self.bound_of(profile_of),
+            "ceiling": self.optimal_rate / pooled if pooled > 0 else None,
         }
+
+    def _under(self, law: str) -> float | None:
+        """The bound under the profiles with that ending; None where one of them is not known."""
+        own = {group.profile for group in self.fleet.groups}
+        names = {name: f"{name.removesuffix('-mixed')}{law}" for name in own}
+        if not set(names.values()) <= own | set(shipped_names()):
+            return None
+        return self.bound_of(lambda name: self.true(names[name]))
 
     # --------------------------------------------------------------------------------------------------- window
 
@@ -172,6 +193,48 @@ class Case:
             return ()
         day = day_of(self.world.day)
         return (*[day[0]] * round(self.warm_up_s / self.world.day_s * DAY_PIECES), *day)
+
+
+def fleet_optimum(kinds: Sequence[tuple[Profile, int]], mix: Sequence[TierMix], *, strict: bool = False) -> float:
+    """The fluid optimum of instances of one or two kinds; raises `StudyError` for more.
+
+    Of two kinds each serves the tiers that it is relatively better at: in that order the first kind takes tiers until
+    it is full, and what is left, part of a tier perhaps, goes to the second. The best rate fills both.
+    """
+    if len(kinds) == 1:
+        ((profile, instances),) = kinds
+        return bound.optimal_rate(profile, instances, mix, strict=strict)
+    if len(kinds) > 2:
+        raise StudyError("a fleet of more than two kinds of instances has no bound yet")
+    rates = [[_tier_rate(profile, tier, strict) for tier in mix] for profile, _ in kinds]
+    if any(first <= 0 and second <= 0 for first, second in zip(*rates, strict=True)):
+        return 0.0
+    (_, first_count), (_, second_count) = kinds
+    order = sorted(range(len(mix)), key=lambda n: -rates[0][n] / rates[1][n] if rates[1][n] > 0 else -math.inf)
+    total = sum(tier.share for tier in mix)
+
+    def holds(rate: float) -> bool:
+        left, needed = float(first_count), 0.0
+        for n in order:
+            wanted = rate * mix[n].share / total
+            here = min(wanted, left * rates[0][n])
+            left -= here / rates[0][n] if here > 0 else 0.0
+            if wanted - here > 1e-12 and rates[1][n] <= 0:
+                return False
+            needed += (wanted - here) / rates[1][n] if wanted > here else 0.0
+        return needed <= second_count
+
+    low, high = 0.0, sum(max(kind) * count for kind, (_, count) in zip(rates, kinds, strict=True))
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _tier_rate(profile: Profile, tier: TierMix, strict: bool) -> float:
+    return bound.instance_rate(
+        profile, tier.prompt, tier.output, tier.context, tier.attention, tier.tpot_s, strict=strict
+    )
 
 
 def _rounded_up(seconds: float, step_s: float = ROUNDED_S) -> float:

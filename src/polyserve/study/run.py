@@ -53,7 +53,8 @@ class Job:
         return Scenario(
             trace=case.workload,
             profile=case.fleet.profile,
-            instances=self.instances or case.fleet.instances,
+            instances=self.instances or case.fleet.groups[0].instances,
+            others=tuple((group.profile, group.instances) for group in case.fleet.groups[1:]),
             rate=self.rate,
             duration_s=case.window_s,
             warm_up_s=case.warm_up_s,
@@ -97,7 +98,7 @@ class Job:
     def command(self) -> str | None:
         """The command that makes this very run; None where `polyserve simulate` cannot say what changes in it."""
         scenario, world = self.scenario, self.case.world
-        if world.later or world.day:
+        if world.later or world.day or scenario.others:
             return None
         words = ["polyserve", "simulate", "--trace", scenario.trace, "--profile", scenario.profile]
         words += ["--instances", str(scenario.instances), "--rate", f"{self.rate:.10g}"]

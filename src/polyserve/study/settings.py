@@ -50,9 +50,10 @@ class Fleet:
         return sum(group.instances for group in self.groups)
 
 
-def fleet(profile: str, instances: int) -> Fleet:
-    """So many mixed instances of one profile."""
-    return Fleet(f"{instances} x {profile}", (Group(profile, instances),))
+def fleet(profile: str, instances: int, *others: Group) -> Fleet:
+    """So many instances of one profile, and perhaps other groups beside them."""
+    groups = (Group(profile, instances), *others)
+    return Fleet(" + ".join(f"{group.instances} x {group.profile}" for group in groups), groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,6 +328,15 @@ SETTINGS: dict[str, Setting] = {
             STRONG,
             quick_fleets=MIXED_FLEETS,
             worlds=(World(later=SWAPPED),),
+        ),
+        Setting(
+            "mixed-gpu",
+            "Llama-3-8B on twelve A100 and six H200 together",
+            tuple(fleet(f"{A100_8B}{law}", 12, Group(f"{H200_8B}{law}", 6)) for law in ("", "-mixed")),
+            ("azure-conv", "azure-code"),
+            ("azure-code",),
+            tuple(label for label in ALL if label not in HINDSIGHT),
+            (*OWN, "minimal", "ptokens-batch", "shared-slack"),
         ),
         Setting(
             "scale",

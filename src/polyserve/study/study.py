@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -180,6 +181,8 @@ def workers(jobs: int) -> Iterator[Executor]:
         signal.signal(signal.SIGINT, held)
     try:
         yield pool
+    except BrokenProcessPool:
+        raise StudyError("a worker process died, perhaps for want of memory: try again with fewer --jobs") from None
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():

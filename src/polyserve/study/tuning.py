@@ -49,7 +49,7 @@ def tried(best: Choice, knob: str, value: object) -> Choice:
 
 def _chunks(case: Case, entry: Entry, quick: bool) -> list[object]:
     """Fixed chunks; where engines size chunks themselves, that first and few fixed ones beside it."""
-    limit = case.profile().limits.max_num_batched_tokens
+    limit = case.limits.max_num_batched_tokens
     if entry.role != "variant" and engine_wish(policy(entry.policy).router).chunk == "dynamic":
         return [None, *sorted({min(chunk, limit) for chunk in BESIDE_DYNAMIC[quick:]})]
     values = QUICK_CHUNKS if quick else CHUNKS if len(entry.tunes) == 1 else FEWER_CHUNKS
@@ -78,7 +78,7 @@ def needed(case: Case) -> list[float]:
 
 
 def _needs_of(case: Case, shares: tuple[tuple[float, float], ...]) -> list[float]:
-    true, mixes = case.profile(), case.mixes(shares)
+    true, mixes = case.true(case.fleet.profile), case.mixes(shares)
     each = [m.share / bound.instance_rate(true, m.prompt, m.output, m.context, m.attention, m.tpot_s) for m in mixes]
     return [need * case.fleet.instances / sum(each) for need in each]
 
