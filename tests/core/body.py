@@ -270,13 +270,19 @@ class Body:
     def _look_at(self, id: InstanceId, books: Books) -> None:
         assert {"starting": Life.JOINED, "ready": Life.READY, "draining": Life.DRAINING}[books.state] is self.lives[id]
         ids = [stream.id for stream in self.on(id)]
-        assert sorted(books.ids) == sorted(books.jobs) == sorted(ids)
+        assert sorted(books.jobs) == sorted(ids)
+        for tier, count in books.by_tier.items():
+            assert count == sum(job.tier == tier for job in books.jobs.values())
+        for request in ids:
+            assert books.jobs[request].instance == id
+        if not books.watched:
+            return
+        assert sorted(books.ids) == sorted(ids)
         assert books._index == {request: at for at, request in enumerate(books.ids)}
         assert len(books.rows) == len(books.ids)
         for request, row in zip(books.ids, books.rows, strict=True):
             assert 0 <= row[R_LEFT] <= row[R_PROMPT]
             assert 0 <= row[R_MADE] <= max(row[R_CAP], self.streams[request].told)
-            assert books.jobs[request].instance == id
         if self.settings.router == "tiers" and books.state is not State.STARTING:
             self._look_at_pace(id, books)
 

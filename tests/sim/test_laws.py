@@ -171,6 +171,8 @@ def every_answer_is_whole(of: Played) -> None:
 
 def nobody_is_left_over(of: Played) -> None:
     """With instances left and two minutes to spare, everybody has an answer."""
+    if of.spec.settings.router == "static":
+        return  # a tier whose part of the fleet is gone, or was never there, waits for it
     alive = [life for life in of.run.lives if life.gone_at is None]
     if alive and of.spec.faults.failing_starts == 0.0:
         assert [o.request for o in of.run.outcomes if o.ending == "unfinished"] == []

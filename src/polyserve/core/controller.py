@@ -414,7 +414,8 @@ class Controller:
         self._starting.pop(instance.id, None)
         if instance.id in self._fleet.books:
             return
-        books = Books(instance, self._profiles[instance.profile], self._settings, self._lengths)
+        watched = self._router.wants_progress
+        books = Books(instance, self._profiles[instance.profile], self._settings, self._lengths, watched)
         books.since = self._now
         self._admission.joined(books)
         self._fleet.add(books)

@@ -292,6 +292,8 @@ class Books:
 
     def first_token(self, request: RequestId) -> None:
         """A resident's prompt is computed and its first token seen."""
+        if not self.watched and (job := self.jobs.get(request)):
+            job.seen = max(job.seen, job.made + 1)
         at = self._index.get(request)
         if at is not None and self._rows[at, R_LEFT] > 0.0:
             self._rows[at, R_LEFT] = 0.0
@@ -332,6 +334,8 @@ class Books:
     ) -> None:
         """Take in a report: counts are output tokens since the request arrived."""
         if not self.watched:
+            for request in tokens.keys() & self.jobs.keys():
+                self.jobs[request].seen = tokens[request]
             return
         self.roll(now)
         rows, index = self._rows, self._index

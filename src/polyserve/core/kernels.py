@@ -644,6 +644,24 @@ def roll(
 
 
 @njit(cache=True)
+def regauge(
+    profile: Vector,
+    inst: Vector,
+    rows: Matrix,
+    gauged: Matrix,
+    table: NDArray[np.float64],
+    edges: Vector,
+    grid: Vector,
+    version: float,
+) -> None:  # pragma: no cover - compiled
+    """Make an instance's gauge again, and its peak, if its rows or the length table have changed."""
+    if inst[I_GAUGED] != version:
+        gauge(rows, int(inst[I_COUNT]), table, edges, grid, gauged)
+        inst[I_PEAK], inst[I_POINT] = peak_s(profile, gauged, grid.shape[0], inst[I_SCALE])
+        inst[I_GAUGED], inst[I_CLEAR] = version, -1.0
+
+
+@njit(cache=True)
 def renew(
     profile: Vector,
     inst: Vector,
@@ -662,10 +680,7 @@ def renew(
         if count > 0 and inst[I_ENDS] <= now:
             inst[I_ENDS] = roll(profile, inst, rows, count, max(inst[I_ENDS], -1.0), now)
             inst[I_GAUGED] = -1.0
-    if inst[I_GAUGED] != version:
-        gauge(rows, count, table, edges, grid, gauged)
-        inst[I_PEAK], inst[I_POINT] = peak_s(profile, gauged, grid.shape[0], inst[I_SCALE])
-        inst[I_GAUGED], inst[I_CLEAR] = version, -1.0
+    regauge(profile, inst, rows, gauged, table, edges, grid, version)
     inst[I_FREE] = max(inst[I_ENDS], now) if inst[I_WAITS] > 0.0 and count > 0 else now
 
 
@@ -765,7 +780,7 @@ def walk(
     tried: NDArray[np.int64],
     out: Matrix,
 ) -> tuple[bool, int]:  # pragma: no cover - compiled
-    """Ask the instances of one tier after another, by load, until one admits the candidate.
+    """Ask the instances of one tier after another, by load as last known, until one admits the candidate.
 
     An instance is asked at the tighter of its pace and `pace`, less its tier's share `reserves`. Returns whether one
     admits, and how many were asked: `tried` has their slots, `out` their margins; the last asked is the one. Those that
@@ -783,7 +798,7 @@ def walk(
             if inst[I_TIER] != tiers[t] or skip[i]:
                 continue
             profile = profiles[int(inst[I_PROFILE])]
-            renew(profile, inst, rows[i], gauges[i], table, edges, grid, version, now)
+            regauge(profile, inst, rows[i], gauges[i], table, edges, grid, version)
             if not whole and tests & TEST_PREFILL and not waive and hopeless(inst, candidate, now):
                 continue
             if not whole and tests & TEST_PACE:

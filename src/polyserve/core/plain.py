@@ -412,14 +412,13 @@ def walk(
     waive: bool,
     now: float,
 ) -> list[tuple[Place, Margins]]:
-    """Everybody asked, tier by tier by load, up to the one that admits; `hosts`: tiers, each with a reserve."""
+    """Everybody asked, by tier and load as last known, up to the one that admits; `hosts`: tiers with their reserves."""
     asked: list[tuple[Place, Margins]] = []
     for tier, reserve in hosts:
         able = [place for place in places if place.tier == tier]
-        for place in able:
-            renew(place, now)
         sign = 1.0 if least_first else -1.0
         for place in sorted(able, key=lambda p: (sign * load(p, table, edges, grid), p.rank)):
+            renew(place, now)
             bound = min(place.station.pace, pace) * (1.0 - reserve)
             station = dataclasses.replace(place.station, pace=bound)
             margins = forecast(
