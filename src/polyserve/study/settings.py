@@ -168,6 +168,21 @@ VARIANTS: dict[str, Pairs] = {
 }
 # The variant whose engines keep a fixed chunk instead of the dynamic one.
 FIXED_VARIANT = "fixed chunk"
+# Those whose answer is asked for most often.
+QUICK_VARIANTS = (
+    "average lengths",
+    "promotion tightest first",
+    "promotion eager",
+    "no promotion",
+    "tight on loose",
+    "no wait-time test",
+    "no chunk prediction",
+    "slack-driven chunk",
+    "no relabelling",
+    "never refuse",
+    "least loaded first",
+    FIXED_VARIANT,
+)
 
 
 def entry(label: str) -> Entry:
@@ -356,6 +371,7 @@ SETTINGS: dict[str, Setting] = {
             ("azure-code",),
             ("azure-code",),
             ("polyserve", *VARIANTS, FIXED_VARIANT),
+            ("polyserve", *QUICK_VARIANTS),
             quick_fleets=MIXED_FLEETS,
             quick_measures=("G90t",),
             least_requests=(12_000, 60_000),
