@@ -412,7 +412,7 @@ def walk(
     waive: bool,
     now: float,
 ) -> list[tuple[Place, Margins]]:
-    """Everybody asked, by tier and load as last known, up to the one that admits; `hosts`: tiers with their reserves."""
+    """Everybody asked, by tier and last known load, up to the one that admits; `hosts`: tiers with their reserves."""
     asked: list[tuple[Place, Margins]] = []
     for tier, reserve in hosts:
         able = [place for place in places if place.tier == tier]
