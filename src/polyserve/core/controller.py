@@ -339,7 +339,6 @@ class Controller:
         if books is None or event.request not in books.jobs:
             return
         books.first_token(event.request)
-        self._refill(books)
 
     def _finished(self, event: Finished) -> None:
         books = self._fleet.get(event.instance)
