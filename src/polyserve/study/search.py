@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple
 # keeps its tiers on time has been seen near the second.
 LEAST_LOAD = 0.1
 MOST_LOAD = 2.0
-# Where a search starts without a hint, and its first stride: goodput of anything tuned lies between 0.7 and 1.2.
-FIRST_LOAD = 0.9
+# Where a search starts without a hint, and its first stride: goodput of anything tuned lies between 0.6 and 1.2.
+FIRST_LOAD = 0.8
 FIRST_STRIDE = 0.1
 # Strides double up to this: farther, and a search would halve its way back.
 LONGEST_STRIDE = 0.2
