@@ -108,7 +108,7 @@ def knob(case: Case, entry: Entry) -> Knob:
         full = case.fleet.instances
         return Knob("instances", tuple(range(1, ROOM * full + 1)), full - 1)
     if entry.scaler == "queue":
-        return Knob("target_requests", TARGETS, 12)
+        return Knob("target_requests", TARGETS, 15)
     if "planned_load" in Settings.__dataclass_fields__ and entry.policy != "polyserve-paper":
         return Knob("planned_load", PLANNED_LOADS, 2)
     return Knob("own", (None,), 0)

@@ -285,7 +285,7 @@ SETTINGS: dict[str, Setting] = {
             "Llama-3-8B on 20 A100",
             _both(A100_8B, 20),
             ("azure-conv", "azure-code", "sharegpt", "uniform:512/512"),
-            ("azure-code", "uniform:4096/256"),
+            ("azure-conv",),
             ALL,
             STRONG,
         ),
@@ -384,11 +384,11 @@ SETTINGS: dict[str, Setting] = {
             ("azure-code",),
             SCALED,
             ("polyserve", "polyserve + queue scaler", "minimal + queue scaler", "polyserve, static fleet"),
-            quick_fleets=(fleet(f"{A100_8B}-mixed", 6),),
+            quick_fleets=(fleet(f"{A100_8B}-mixed", 8),),
             measures=(),
             overload=False,
             worlds=tuple(World(day=day, start_up_s=s) for day in ("small", "mid") for s in (0.0, 30.0, 120.0)),
-            quick_worlds=tuple(World(day="small", start_up_s=s) for s in (0.0, 30.0, 120.0)),
+            quick_worlds=(World(day="small", start_up_s=30.0),),
         ),
     )
 }
