@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from random import Random
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +24,22 @@ from polyserve.sim.turns import BLIND, FINISHED, FIRST_TOKEN, GATEWAY, PERFECT, 
 KINDS = {FIRST_TOKEN: "first", PREEMPTED: "preempted", FINISHED: "finished"}
 # At a time, of a kind, on an engine, a request, and of an end the tokens, worst lateness and first token's time.
 Line = tuple[float, str, int, str, tuple[float, ...]]
+
+
+class Told(NamedTuple):
+    """A line of what a bank tells."""
+
+    at: float
+    kind: int
+    row: int
+    slot: int
+    output_tokens: int
+    worst_lateness_s: float
+    first_token_at: float
+
+
+def read(raw: list[list[float]]) -> list[Told]:
+    return [Told(at, int(kind), int(row), int(slot), int(made), *rest) for at, kind, row, slot, made, *rest in raw]
 
 
 @dataclass(frozen=True)
@@ -53,9 +69,11 @@ class Plan:
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     """Engines of different rules, so alike that their iterations often end at the same microsecond."""
-    fleet, deeds = [], []
+    fleet: list[tuple[Instance, Profile, Settings]] = []
+    deeds: list[Deed] = []
     for number in range(draw(st.integers(1, 4))):
-        instance, profile, policy = fleet[0] if fleet and draw(st.booleans()) else draw(machines())
+        alike = draw(st.booleans())
+        instance, profile, policy = fleet[0] if alike and fleet else draw(machines())
         fleet.append((instance, profile, policy.replaced({"correction": False})))
         load: Workload = draw(workloads() | pressed())
         deeds += [Deed(job.arrived_at, number, "submit", job) for job in load.jobs]
@@ -136,9 +154,8 @@ def compiled(plan: Plan, sight: int = BLIND, quiet: bool = False) -> tuple[Bank,
     def pass_time(until: float, wake: bool) -> None:
         wakes = wake
         while True:
-            lines = bank.advance(
-                now, until, inclusive=True, wake=wakes, quiet_until=until if quiet else -math.inf, sight=sight
-            )
+            quiet_until = until if quiet else -math.inf
+            lines = read(bank.advance(now, until, inclusive=True, wake=wakes, quiet_until=quiet_until, sight=sight))
             wakes = False
             assert quiet or len({line.at for line in lines}) <= 1, "one end at a time, where somebody listens"
             for line in lines:
@@ -188,7 +205,7 @@ def test_an_engine_that_goes_ends_no_iteration_and_its_row_serves_another() -> N
     third = Engine(instance, profile, profile, settings=policy, bank=bank)
     assert third.row == first.row
     assert (third.residents, third.iterations, third.busy) == (0, 0, False)
-    lines = bank.advance(0.001, 9.0, inclusive=True, wake=True, quiet_until=9.0, sight=BLIND)
+    lines = read(bank.advance(0.001, 9.0, inclusive=True, wake=True, quiet_until=9.0, sight=BLIND))
     assert [(line.kind, line.row) for line in lines] == [(FIRST_TOKEN, second.row), (FINISHED, second.row)]
 
 
@@ -201,7 +218,7 @@ def test_a_bank_grows_with_its_engines_and_their_residents() -> None:
         bank.wake(engine.row)
     finished = set()
     wake = True
-    while lines := bank.advance(0.0, math.inf, inclusive=True, wake=wake, quiet_until=math.inf, sight=BLIND):
+    while lines := read(bank.advance(0.0, math.inf, inclusive=True, wake=wake, quiet_until=math.inf, sight=BLIND)):
         wake = False
         finished |= {engines[line.row].forget(line.slot) for line in lines if line.kind == FINISHED}
     assert finished == {f"r{n}" for n in range(1000)}
@@ -216,7 +233,7 @@ def test_iterations_too_short_for_the_list_of_lengths_are_seen_all_the_same() ->
     bank.wake(engine.row)
     lengths, wake = [], True
     while engine.residents:
-        told = bank.advance(0.0, math.inf, inclusive=True, wake=wake, quiet_until=-math.inf, sight=GATEWAY)
+        told = read(bank.advance(0.0, math.inf, inclusive=True, wake=wake, quiet_until=-math.inf, sight=GATEWAY))
         wake = False
         if bank.reported >= 0:
             lengths.append(bank.seconds)

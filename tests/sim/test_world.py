@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polyserve.core import baselines
 from polyserve.core.profile import Limits, Profile
 from polyserve.core.settings import POLICIES, policy
 from polyserve.core.types import (
@@ -45,7 +46,7 @@ from polyserve.sim.engine import Engine, Job
 from polyserve.sim.sight import SIGHTS
 from polyserve.sim.sight import report as read_report
 from polyserve.sim.spec import Faults, Group, Run, SimulationSpec
-from polyserve.sim.turns import FINISHED
+from polyserve.sim.turns import FINISHED, T_KIND, T_SLOT
 from polyserve.sim.world import simulate
 
 PROFILE = Profile("small", (0, 64, 512), (0.004, 0.005, 0.02), 2e-5, 1e-6, 1e-8, Limits(4096, 16, 256))
@@ -168,6 +169,26 @@ def test_causes_come_before_effects(what: SimulationSpec) -> None:
         assert outcome.arrived_at <= sent_at <= sent_at + what.network_s <= outcome.first_at
         if outcome.last_at is not None:
             assert outcome.first_at <= outcome.last_at
+
+
+@settings(max_examples=40)
+@given(worlds(), st.sampled_from(["round-robin", "least-requests", "power-of-two"]))
+def test_what_nobody_listens_to_changes_nothing(what: SimulationSpec, name: str) -> None:
+    """Policies without use for reports get none, and hear of the rest when engines have gone on: all is as before."""
+    what = replace(what, settings=policy(name), faults=replace(what.faults, losses=()))
+    run, steps, _ = journalled(what)
+    assert not any(isinstance(s.event, Progressed) for s in steps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines.OnePool, "wants_progress", True)
+        told, all_steps, _ = journalled(what)
+    assert [s for s in all_steps if not isinstance(s.event, Progressed)] == steps
+    assert told.outcomes == run.outcomes
+    assert (told.looks, told.lives, told.iterations, told.ended_at) == (
+        run.looks,
+        run.lives,
+        run.iterations,
+        run.ended_at,
+    )
 
 
 @settings(max_examples=25)
@@ -411,8 +432,8 @@ def test_a_gateway_sees_what_the_live_gateway_would_gather_from_the_same_streams
         gathered = collector.report(now) if result.tokens else None
         assert (read_report(bank, engine, SIGHTS["gateway"]) if bank.reported >= 0 else None) == gathered
         for line in told:
-            if line.kind == FINISHED:
-                engine.forget(line.slot)
+            if line[T_KIND] == FINISHED:
+                engine.forget(int(line[T_SLOT]))
 
 
 def test_engines_are_told_the_pace_of_their_tier() -> None:

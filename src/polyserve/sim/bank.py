@@ -7,17 +7,20 @@ slots are added by doubling, and the engines then take hold of their rows anew.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
 from polyserve.core.profile import Profile
-from polyserve.sim import kernels as k
+from polyserve.sim import layout as lay
 from polyserve.sim import turns as t
 
 FIRST_SLOTS = 64
 NOISE = 64  # draws handed over at a time
 FIRST_LENGTHS = 32  # of iterations between two reports, 50 ms apart
+
+_advance: Callable[..., tuple[int, int, float, int, float, float]] = t.advance
 
 
 class Holder(Protocol):
@@ -34,16 +37,9 @@ class Holder(Protocol):
         ...
 
 
-class Told(NamedTuple):
-    """What a gateway notices at once: a first token, a preemption or an end."""
-
-    at: float
-    kind: int  # turns.FIRST_TOKEN, PREEMPTED or FINISHED
-    row: int
-    slot: int
-    output_tokens: int
-    worst_lateness_s: float
-    first_token_at: float
+# What a gateway notices at once, in the columns `turns.T_*`: when, whether it is a first token, a preemption or an end
+# (`turns.FIRST_TOKEN` and so on), the engine's row, the slot, its tokens, worst lateness and time of its first token.
+Told = list[float]
 
 
 class Bank:
@@ -68,19 +64,39 @@ class Bank:
 
     def _allocate(self, rows: int, slots: int, lengths: int) -> None:
         self.slots = slots
-        self.ints = np.zeros((rows, k.INT_ROWS, slots), np.int64)
-        self.floats = np.zeros((rows, k.FLOAT_ROWS, slots))
-        self.lists = np.zeros((rows, k.LIST_ROWS, slots), np.int64)
-        self.state = np.zeros((rows, k.STATE_LENGTH), np.int64)
-        self.clock = np.zeros((rows, k.CLOCK_LENGTH))
+        self.ints = np.zeros((rows, lay.INT_ROWS, slots), np.int64)
+        self.floats = np.zeros((rows, lay.FLOAT_ROWS, slots))
+        self.lists = np.zeros((rows, lay.LIST_ROWS, slots), np.int64)
+        self.state = np.zeros((rows, lay.STATE_LENGTH), np.int64)
+        self.clock = np.zeros((rows, lay.CLOCK_LENGTH))
         self.noise = np.ones((rows, NOISE))
-        self.work = np.zeros((k.WORK_ROWS, slots))
+        self.work = np.zeros((lay.WORK_ROWS, slots))
         self._lengths = np.zeros((rows, lengths))
         self._heap = np.zeros(rows, np.int64)
         self._rows = np.zeros(rows, np.int64)
-        self._told = np.zeros((3 * slots + 256, t.T_COLUMNS), np.int64)
-        self._told_s = np.zeros((3 * slots + 256, t.T_TIMES))
+        self._told = np.zeros((3 * slots + 256, t.T_COLUMNS))
         self.report = np.zeros((t.R_ROWS, slots), np.int64)
+        self._take_stock()
+
+    def _take_stock(self) -> None:
+        """Everything that the compiled loop works on, in its order."""
+        self._arrays: Any = (
+            self.profiles,
+            self.ints,
+            self.floats,
+            self.lists,
+            self.state,
+            self.clock,
+            self.work,
+            self.noise,
+            self._lengths,
+            self._heap,
+            self._own,
+            self._told,
+            self.report,
+            self.heading,
+            self._rows,
+        )
 
     def _enlarge(self, rows: int, slots: int, lengths: int) -> None:
         kept = {
@@ -111,9 +127,9 @@ class Bank:
 
     def give_back(self, row: int) -> None:
         """An engine has gone; its iteration does not end any more."""
-        if self.state[row, k.BUSY]:
+        if self.state[row, lay.BUSY]:
             t.take_out(self._heap, self._own, self.state, self.clock, row)
-            self.next_at = self.clock.item(int(self._heap[0]), k.ENDS_AT) if self._own[t.HEAPED] else math.inf
+            self.next_at = self.clock.item(int(self._heap[0]), lay.ENDS_AT) if self._own[t.HEAPED] else math.inf
         if row in self.woken:
             self.woken.remove(row)
         del self._holders[row]
@@ -128,6 +144,7 @@ class Bank:
             grown[:rows, :width] = self.profiles
             grown[rows, : len(packed)] = packed
             self.profiles = grown
+            self._take_stock()
             self._known[packed.tobytes()] = rows
         return self._known[packed.tobytes()]
 
@@ -139,52 +156,31 @@ class Bank:
         What ends before `quiet_until` is only collected. `reported` is -1 or the row of which there is a report, to be
         read (`report`, `heading`, `seconds`) before the next `advance`; there may be one with nothing told.
         """
-        wakes = self._wake() if wake else 0
-        self.reported = -1
+        wakes = self._wake() if wake and self.woken else 0
+        self.last_at = -math.inf
         while True:
-            why, row, at, count, self.seconds, self.next_at = t.advance(
-                self.profiles,
-                self.ints,
-                self.floats,
-                self.lists,
-                self.state,
-                self.clock,
-                self.work,
-                self.noise,
-                self._lengths,
-                self._heap,
-                self._own,
-                self._told,
-                self._told_s,
-                self.report,
-                self.heading,
-                self._rows,
-                wakes,
-                now,
-                horizon,
-                inclusive,
-                quiet_until,
-                sight,
+            why, row, at, count, self.seconds, self.next_at = _advance(
+                *self._arrays, wakes, now, horizon, inclusive, quiet_until, sight
             )
+            if at > self.last_at:
+                self.last_at = at
+            told: list[Told] = self._told[:count].tolist() if count else []
+            if why <= t.TOLD:
+                self.reported = row
+                return told
             assert why != t.STUCK, f"{self._holders[row]} stands still"
-            wakes = 0
             if why == t.DRAW:
                 self._draw(row)
-            elif why == t.LENGTHEN:
+            else:
                 self._enlarge(len(self.state), self.slots, 2 * self._lengths.shape[1])
-            if count or why in (t.HORIZON, t.TOLD):
-                break
-        self.last_at = at
-        if why == t.TOLD and row >= 0 and self.heading[t.H_DUE]:
-            self.reported = row
-        if not count:
-            return []
-        lines = zip(self._told[:count].tolist(), self._told_s[:count].tolist(), strict=True)
-        return [Told(at, kind, row, slot, made, worst, first) for (kind, row, slot, made), (at, worst, first) in lines]
+            if told:
+                self.reported = -1
+                return told
+            wakes = 0
 
     def wake(self, row: int) -> None:
         """An engine has work: it begins when those that are woken are next run, if it is idle then."""
-        if not self.state[row, k.BUSY] and row not in self.woken:
+        if not self.state[row, lay.BUSY] and row not in self.woken:
             self.woken.append(row)
 
     def _wake(self) -> int:
@@ -192,7 +188,7 @@ class Bank:
         wakes = len(self.woken)
         self._rows[:wakes] = self.woken
         for row in self.woken:
-            if self.state[row, k.JITTERS] and self.state[row, k.DRAWN] == NOISE:
+            if self.state[row, lay.JITTERS] and self.state[row, lay.DRAWN] == NOISE:
                 self._draw(row)
         self.woken.clear()
         return wakes
@@ -200,4 +196,4 @@ class Bank:
     def _draw(self, row: int) -> None:
         holder = self._holders[row]
         self.noise[row] = [holder.draw() for _ in range(NOISE)]
-        self.state[row, k.DRAWN] = 0
+        self.state[row, lay.DRAWN] = 0

@@ -24,9 +24,11 @@ changed. An engine alone is run by `begin` and `end`, those of a world by `Bank.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from polyserve.core.chunking import chunk_law
 from polyserve.core.kernels import Vector
@@ -34,14 +36,14 @@ from polyserve.core.profile import Profile
 from polyserve.core.settings import Settings
 from polyserve.core.types import Instance, Iteration, RequestId, Slo
 from polyserve.sim import kernels as k
+from polyserve.sim import layout as lay
 from polyserve.sim.bank import NOISE, Bank
 
 # Spreads of observed over believed time which a deadline-bound chunk leaves free: jitter's one in a thousand.
 SIGMAS = 3.0
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """One request as an engine gets it.
 
     The first `resume_from` output tokens were delivered elsewhere already: they are computed like prompt
@@ -87,7 +89,7 @@ class IterationResult:
     def tokens(self) -> list[RequestId]:
         """Who got a token: the decodes, oldest first, then the prompts that came to their end."""
         assert self._version == self._engine._version, "the engine has moved on"
-        return self._engine._listed(k.TOKENS)
+        return self._engine._listed(lay.TOKENS)
 
     @property
     def decodes(self) -> int:
@@ -126,27 +128,27 @@ class Engine:
         self.max_num_seqs = min(instance.max_num_seqs or true.limits.max_num_seqs, law.tokens)
         self._noise, self._jitter = noise, jitter
         self._slots: dict[RequestId, int] = {}
-        self._ids: list[RequestId] = []
+        self._ids: NDArray[np.object_] = np.empty(0, object)  # by slot, and an array, since reports name many at once
         self._unused: list[int] = []
         self._sequence = self._version = 0
-        self._state: k.IntVector
+        self._state: lay.IntVector
         self._clock: Vector
         self._bank = bank if bank is not None else Bank()
         self.row = self._bank.take(self)
         self.take_hold()
         state, clock = self._state, self._clock
-        state[k.FREE] = self.kv_capacity // self.block_size
-        state[k.BLOCK], state[k.SEATS] = self.block_size, self.max_num_seqs
-        state[k.BY_DEADLINE], state[k.RELEGATES] = instance.order == "deadline", settings.relegate
-        state[k.KIND], state[k.LAW_TOKENS] = law.kind, law.tokens
-        state[k.SPEND], state[k.FLOOR] = law.spend_slack, law.floor
-        state[k.TRUE], state[k.BELIEVED] = self._bank.learn_profile(true), self._bank.learn_profile(believed)
-        state[k.LEARNS] = settings.correction and (jitter > 0 or state[k.TRUE] != state[k.BELIEVED])
-        state[k.JITTERS], state[k.DRAWN] = jitter > 0, NOISE
-        clock[k.PACE] = math.inf
-        clock[k.RATIO] = clock[k.MARGIN] = clock[k.STRETCH] = clock[k.OFF] = 1.0
-        clock[k.SIGMAS] = SIGMAS * settings.safety_sigma
-        clock[k.TOKENS_AT] = clock[k.REPORTED_AT] = -math.inf
+        state[lay.FREE] = self.kv_capacity // self.block_size
+        state[lay.BLOCK], state[lay.SEATS] = self.block_size, self.max_num_seqs
+        state[lay.BY_DEADLINE], state[lay.RELEGATES] = instance.order == "deadline", settings.relegate
+        state[lay.KIND], state[lay.LAW_TOKENS] = law.kind, law.tokens
+        state[lay.SPEND], state[lay.FLOOR] = law.spend_slack, law.floor
+        state[lay.TRUE], state[lay.BELIEVED] = self._bank.learn_profile(true), self._bank.learn_profile(believed)
+        state[lay.LEARNS] = settings.correction and (jitter > 0 or state[lay.TRUE] != state[lay.BELIEVED])
+        state[lay.JITTERS], state[lay.DRAWN] = jitter > 0, NOISE
+        clock[lay.PACE] = math.inf
+        clock[lay.RATIO] = clock[lay.MARGIN] = clock[lay.STRETCH] = clock[lay.OFF] = 1.0
+        clock[lay.SIGMAS] = SIGMAS * settings.safety_sigma
+        clock[lay.TOKENS_AT] = clock[lay.REPORTED_AT] = -math.inf
 
     def __repr__(self) -> str:
         return (
@@ -160,7 +162,7 @@ class Engine:
         self._ints, self._floats, self._lists = bank.ints[row], bank.floats[row], bank.lists[row]
         self._state, self._clock = bank.state[row], bank.clock[row]
         old = len(self._ids)
-        self._ids += [""] * (bank.slots - old)
+        self._ids = np.append(self._ids, np.full(bank.slots - old, "", object))
         self._unused[:0] = range(bank.slots - 1, old - 1, -1)
 
     def draw(self) -> float:
@@ -170,24 +172,26 @@ class Engine:
 
     def submit(self, now: float, job: Job) -> None:
         """Take in a request; raises `ValueError` for one that this engine can never finish."""
-        if job.prompt_tokens < 1 or not 0 <= job.resume_from < job.output_tokens:
-            raise ValueError(f"request {job.id}: wants a prompt and at least one token to make: {job}")
-        if job.brings_kv and not job.resume_from:
-            raise ValueError(f"request {job.id}: brings its KV, so its first token was made: resume_from is at least 1")
+        id, prompt_tokens, output_tokens, slo, arrived_at, resume_from, brings_kv = job
+        if prompt_tokens < 1 or not 0 <= resume_from < output_tokens:
+            raise ValueError(f"request {id}: wants a prompt and at least one token to make: {job}")
+        if brings_kv and not resume_from:
+            raise ValueError(f"request {id}: brings its KV, so its first token was made: resume_from is at least 1")
         # The last token's KV is never computed.
-        if job.prompt_tokens + job.output_tokens - 1 > self.kv_capacity:
+        if prompt_tokens + output_tokens - 1 > self.kv_capacity:
             raise ValueError(
-                f"request {job.id}: {job.prompt_tokens} prompt and {job.output_tokens} output tokens never "
+                f"request {id}: {prompt_tokens} prompt and {output_tokens} output tokens never "
                 f"fit into the {self.kv_capacity} KV tokens of instance {self.instance.id}"
             )
-        assert job.id not in self._slots, f"request {job.id} is here already"
+        assert id not in self._slots, f"request {id} is here already"
         if not self._unused:
             self._bank.widen()
         slot = self._unused.pop()
-        self._slots[job.id] = slot
-        self._ids[slot] = job.id
+        self._slots[id] = slot
+        self._ids[slot] = id
         self._sequence += 1
         self._version += 1
+        due_at, tpot_s = (math.inf, math.inf) if slo is None else (slo.due_at(arrived_at, 0), slo.tpot_s)
         k.admit(
             self._ints,
             self._floats,
@@ -195,101 +199,108 @@ class Engine:
             self._state,
             slot,
             self._sequence,
-            job.prompt_tokens,
-            job.output_tokens,
-            job.resume_from,
-            job.brings_kv,
-            math.inf if job.slo is None else job.slo.due_at(job.arrived_at, 0),
-            math.inf if job.slo is None else job.slo.tpot_s,
+            prompt_tokens,
+            output_tokens,
+            resume_from,
+            brings_kv,
+            due_at,
+            tpot_s,
         )
 
     def cancel(self, now: float, id: RequestId) -> bool:
         """Forget a request; False when it is not here. A running iteration keeps its length."""
         if id not in self._slots:
             return False
-        k.drop(self._ints, self._lists, self._state, self._slots[id])
+        k.drop(self._ints, self._floats, self._lists, self._state, self._clock, self._slots[id])
         self._unused.append(self._slots.pop(id))
         return True
 
     def set_pace(self, pace_s: float) -> None:
         """Bound iterations with a dynamic chunk; a tighter running resident bounds them still."""
-        self._clock[k.PACE] = pace_s
+        self._clock[lay.PACE] = pace_s
 
     def begin(self, now: float) -> float | None:
         """Start the next iteration and say when it ends; None when one runs or there is no work."""
-        if self._state[k.BUSY] or not self._slots:
+        if self._state[lay.BUSY] or not self._slots:
             return None
         bank, clock = self._bank, self._clock
         if self._jitter:
-            clock[k.STRETCH] = self.draw()
+            clock[lay.STRETCH] = self.draw()
         goes = k.compose(bank.profiles, self._ints, self._floats, self._lists, self._state, clock, bank.work, now)
         assert goes, f"{self} stands still"
-        return float(clock[k.ENDS_AT])
+        return float(clock[lay.ENDS_AT])
 
     def end(self, now: float) -> IterationResult:
         """Finish the running iteration: `now` is when `begin` said it ends, or later if the body was late."""
         state, clock, lists = self._state, self._clock, self._lists
-        assert state[k.BUSY], "no iteration runs"
+        assert state[lay.BUSY], "no iteration runs"
         self._version += 1
         news = k.settle(self._ints, self._floats, lists, state, clock, now)
-        prefill, decodes, kv = state[k.PREFILL : k.KV + 1].tolist()
-        shape = (clock.item(k.ENDS_AT), clock.item(k.LENGTH), prefill, decodes, kv)
+        prefill, decodes, kv = state[lay.PREFILL : lay.KV + 1].tolist()
+        shape = (clock.item(lay.ENDS_AT), clock.item(lay.LENGTH), prefill, decodes, kv)
         if not news:
             return IterationResult(self, [], [], [], shape)
         ints, floats = self._ints, self._floats
         finished = [
-            Done(self.forget(s), ints.item(k.GENERATED, s), floats.item(k.WORST, s), floats.item(k.FIRST_AT, s), now)
-            for s in lists[k.FINISHED, : state[k.FINISHED]].tolist()
+            Done(
+                self.forget(s),
+                ints.item(lay.GENERATED, s),
+                floats.item(lay.WORST, s),
+                floats.item(lay.FIRST_AT, s),
+                now,
+            )
+            for s in lists[lay.FINISHED, : state[lay.FINISHED]].tolist()
         ]
-        return IterationResult(self, self._listed(k.FIRST), finished, self._listed(k.PREEMPTED), shape)
+        return IterationResult(self, self._listed(lay.FIRST), finished, self._listed(lay.PREEMPTED), shape)
 
-    def named(self, slots: list[int]) -> list[RequestId]:
+    def named(self, slots: NDArray[np.int64]) -> list[RequestId]:
         """The requests in some slots."""
-        ids = self._ids
-        return [ids[slot] for slot in slots]
+        names: list[RequestId] = self._ids[slots].tolist()
+        return names
 
     def name(self, slot: int) -> RequestId:
         """The request in a slot."""
-        return self._ids[slot]
+        id: RequestId = self._ids[slot]
+        return id
 
     def forget(self, slot: int) -> RequestId:
         """Free the slot of a request that has finished; returns which it was."""
-        id = self._ids[slot]
+        id: RequestId = self._ids[slot]
         self._unused.append(self._slots.pop(id))
         return id
 
     def _listed(self, row: int) -> list[RequestId]:
-        return self.named(self._lists[row, : self._state[row]].tolist())
+        return self.named(self._lists[row, : self._state[row]])
 
     @property
     def busy(self) -> bool:
         """Whether an iteration runs."""
-        return bool(self._state[k.BUSY])
+        return bool(self._state[lay.BUSY])
 
     @property
     def pace_s(self) -> float:
         """The bound on iterations."""
-        return float(self._clock[k.PACE])
+        return float(self._clock[lay.PACE])
 
     @property
     def busy_s(self) -> float:
         """Seconds of all iterations begun."""
-        return float(self._clock[k.BUSY_S])
+        return float(self._clock[lay.BUSY_S])
 
     @property
     def iterations(self) -> int:
         """Iterations ended."""
-        return int(self._state[k.ITERATIONS])
+        return int(self._state[lay.ITERATIONS])
 
     @property
     def preemptions(self) -> int:
         """How often somebody was thrown out."""
-        return int(self._state[k.PREEMPTIONS])
+        return int(self._state[lay.PREEMPTIONS])
 
     @property
     def forced_chunks(self) -> int:
         """Chunks that cost somebody's deadline."""
-        return int(self._state[k.FORCED_CHUNKS])
+        return int(self._state[lay.FORCED_CHUNKS])
 
     @property
     def residents(self) -> int:
@@ -299,36 +310,33 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Residents that hold no KV yet, or lost it."""
-        return len(self._slots) - int(self._state[k.RUNNING])
+        return len(self._slots) - int(self._state[lay.RUNNING])
 
     @property
     def kv_tokens(self) -> int:
         """KV tokens computed and held."""
-        return int(self._state[k.HELD])
+        return int(self._state[lay.HELD])
 
     @property
     def kv_allocated(self) -> int:
         """KV tokens in allocated blocks: what cannot be given to anybody else."""
-        return self.kv_capacity - int(self._state[k.FREE]) * self.block_size
-
-    def generated(self, id: RequestId) -> int:
-        """Output tokens a resident has, those before `resume_from` included."""
-        return int(self._ints[k.GENERATED, self._slots[id]])
+        return self.kv_capacity - int(self._state[lay.FREE]) * self.block_size
 
     def so_far(self, id: RequestId) -> Done:
         """What a resident has got here, for a body that takes it away; its last token's time is not kept."""
         slot, floats = self._slots[id], self._floats
-        worst, first_at = floats.item(k.WORST, slot), floats.item(k.FIRST_AT, slot)
-        return Done(id, self.generated(id), worst, first_at, math.nan)
+        k.bring_up_to_date(self._ints, floats, self._lists, self._state, slot)
+        worst, first_at = float(floats[lay.WORST, slot]), float(floats[lay.FIRST_AT, slot])
+        return Done(id, int(self._ints[lay.GENERATED, slot]), worst, first_at, math.nan)
 
     def token_counts(self) -> dict[RequestId, int]:
         """Output tokens of every resident that decodes."""
-        slots = self._lists[k.DECODING, : self._state[k.DECODING]]
-        return dict(zip(self.named(slots.tolist()), self._ints[k.GENERATED, slots].tolist(), strict=True))
+        made = self._floats[lay.P_MADE, : self._state[lay.DECODING]]
+        return dict(zip(self._listed(lay.DECODING), made.astype(int).tolist(), strict=True))
 
     def prefilling(self) -> dict[RequestId, int]:
         """Prompt tokens still to compute of every resident that does not decode, waiting or not."""
-        slots = self._lists[k.QUEUE, : self._state[k.QUEUE]]
-        slots = slots[self._ints[k.BROUGHT, slots] == 0]
-        left = self._ints[k.TARGET, slots] - self._ints[k.COMPUTED, slots]
-        return dict(zip(self.named(slots.tolist()), left.tolist(), strict=True))
+        slots = self._lists[lay.QUEUE, : self._state[lay.QUEUE]]
+        slots = slots[self._ints[lay.BROUGHT, slots] == 0]
+        left = self._ints[lay.TARGET, slots] - self._ints[lay.COMPUTED, slots]
+        return dict(zip(self.named(slots), left.tolist(), strict=True))

@@ -44,8 +44,9 @@ class Loop:
 
     def at(self, time: float, rank: Rank, act: Callable[[Any], None], subject: Any = None) -> None:
         """Call `act(subject)` at the whole microsecond nearest to `time`, which is not in the past."""
-        time = round(time * 1e6) / 1e6
-        assert time >= self.now, f"{time} is before {self.now}"
+        if time != self.now:
+            time = round(time * 1e6) / 1e6
+            assert time >= self.now, f"{time} is before {self.now}"
         heappush(self._heap, (time, rank, next(self._order), act, subject))
 
     def stop(self) -> None:

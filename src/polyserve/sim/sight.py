@@ -32,5 +32,4 @@ def report(bank: Bank, engine: Engine, sight: int) -> Progressed:
 
 def _counts(bank: Bank, engine: Engine, row: int, count: int) -> dict[RequestId, int]:
     """A row of slots and the row of numbers below it, by request."""
-    slots, numbers = bank.report[row : row + 2, :count].tolist()
-    return dict(zip(engine.named(slots), numbers, strict=True))
+    return dict(zip(engine.named(bank.report[row, :count]), bank.report[row + 1, :count].tolist(), strict=True))

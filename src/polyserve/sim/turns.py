@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from polyserve.core.kernels import Matrix, Vector
 from polyserve.progress import REPORT_EVERY_S
 from polyserve.sim import kernels as k
-from polyserve.sim.kernels import IntMatrix, IntVector
+from polyserve.sim import layout as lay
+from polyserve.sim.layout import IntMatrix, IntVector
 
 Stack = NDArray[np.float64]  # a matrix per engine
 IntStack = NDArray[np.int64]
@@ -22,10 +23,9 @@ IntStack = NDArray[np.int64]
 # Why `advance` came back: nothing is left before the horizon, something is told, an engine's noise or its list of
 # lengths is used up (nothing of its turn has happened yet), or an engine does nothing though it has residents.
 HORIZON, TOLD, DRAW, LENGTHEN, STUCK = range(5)
-# What a line of `told` tells; the rows of `told` and of `told_s`.
+# What a line of `told` tells, and its columns.
 FIRST_TOKEN, PREEMPTED, FINISHED = range(3)
-T_KIND, T_ENGINE, T_SLOT, T_GENERATED, T_COLUMNS = range(5)
-T_AT, T_WORST_S, T_FIRST_AT, T_TIMES = range(4)
+T_AT, T_KIND, T_ROW, T_SLOT, T_GENERATED, T_WORST_S, T_FIRST_AT, T_COLUMNS = range(8)
 # What may be seen of engines (`sim/sight.py`), and the rows of a report and its heading.
 BLIND, GATEWAY, PERFECT = range(3)
 R_SLOTS, R_COUNTS, R_QUEUED, R_LEFT, R_ROWS = range(5)
@@ -37,10 +37,10 @@ HEAPED, BEGINNINGS, OWN_LENGTH = range(3)
 @njit(cache=True)
 def sooner(state: IntMatrix, clock: Matrix, a: int, b: int) -> bool:  # pragma: no cover - compiled
     """Whether engine `a`'s turn is before engine `b`'s."""
-    if clock[a, k.ENDS_AT] != clock[b, k.ENDS_AT]:
-        earlier: bool = clock[a, k.ENDS_AT] < clock[b, k.ENDS_AT]
+    if clock[a, lay.ENDS_AT] != clock[b, lay.ENDS_AT]:
+        earlier: bool = clock[a, lay.ENDS_AT] < clock[b, lay.ENDS_AT]
         return earlier
-    first: bool = state[a, k.BEGUN] < state[b, k.BEGUN]
+    first: bool = state[a, lay.BEGUN] < state[b, lay.BEGUN]
     return first
 
 
@@ -53,7 +53,7 @@ def sift(heap: IntVector, own: IntVector, state: IntMatrix, clock: Matrix, at: i
         if not sooner(state, clock, row, heap[above]):
             break
         heap[at] = heap[above]
-        state[heap[at], k.PLACE] = at
+        state[heap[at], lay.PLACE] = at
         at = above
     while True:
         below = 2 * at + 1
@@ -64,16 +64,16 @@ def sift(heap: IntVector, own: IntVector, state: IntMatrix, clock: Matrix, at: i
         if not sooner(state, clock, heap[below], row):
             break
         heap[at] = heap[below]
-        state[heap[at], k.PLACE] = at
+        state[heap[at], lay.PLACE] = at
         at = below
     heap[at] = row
-    state[row, k.PLACE] = at
+    state[row, lay.PLACE] = at
 
 
 @njit(cache=True)
 def take_out(heap: IntVector, own: IntVector, state: IntMatrix, clock: Matrix, row: int) -> None:
     """Take an engine whose iteration runs out of the heap."""  # pragma: no cover - compiled
-    at = state[row, k.PLACE]
+    at = state[row, lay.PLACE]
     own[HEAPED] -= 1
     if at < own[HEAPED]:
         heap[at] = heap[own[HEAPED]]
@@ -94,10 +94,10 @@ def start(
     now: float,
 ) -> bool:  # pragma: no cover - compiled
     """Begin an engine's next iteration; False when it stands still."""
-    if state[k.JITTERS]:
-        clock[k.STRETCH] = noise[state[k.DRAWN]]
-        state[k.DRAWN] += 1
-    state[k.BEGUN] = own[BEGINNINGS]
+    if state[lay.JITTERS]:
+        clock[lay.STRETCH] = noise[state[lay.DRAWN]]
+        state[lay.DRAWN] += 1
+    state[lay.BEGUN] = own[BEGINNINGS]
     own[BEGINNINGS] += 1
     return bool(k.compose(profiles, ints, floats, lists, state, clock, work, now))
 
@@ -105,15 +105,15 @@ def start(
 @njit(cache=True)
 def gateway_sees(state: IntVector, clock: Vector, lengths: Vector, now: float) -> bool:  # pragma: no cover - compiled
     """Take in an iteration as a gateway sees it; whether a report on it is due."""
-    decodes = state[k.DECODES] - state[k.JOINED]
+    decodes = state[lay.DECODES] - state[lay.JOINED]
     if decodes > 0:
-        lengths[state[k.LENGTHS]] = now - clock[k.TOKENS_AT]
-        state[k.LENGTHS] += 1
-    if state[k.DECODES] > 0 or state[k.FIRST] > 0:
-        clock[k.TOKENS_AT] = now
-    if clock[k.TOKENS_AT] != now or now - clock[k.REPORTED_AT] < REPORT_EVERY_S:
+        lengths[state[lay.LENGTHS]] = now - clock[lay.TOKENS_AT]
+        state[lay.LENGTHS] += 1
+    if state[lay.DECODES] > 0 or state[lay.FIRST] > 0:
+        clock[lay.TOKENS_AT] = now
+    if clock[lay.TOKENS_AT] != now or now - clock[lay.REPORTED_AT] < REPORT_EVERY_S:
         return False
-    clock[k.REPORTED_AT] = now
+    clock[lay.REPORTED_AT] = now
     return True
 
 
@@ -130,23 +130,29 @@ def median_s(lengths: Vector, count: int) -> float:  # pragma: no cover - compil
 
 @njit(cache=True)
 def note_report(
-    ints: IntMatrix, lists: IntMatrix, state: IntVector, report: IntMatrix, heading: IntVector, perfect: bool
+    ints: IntMatrix,
+    floats: Matrix,
+    lists: IntMatrix,
+    state: IntVector,
+    report: IntMatrix,
+    heading: IntVector,
+    perfect: bool,
 ) -> None:  # pragma: no cover - compiled
     """Copy what a report says, since the engine goes on before anybody reads it."""
     heading[H_DUE], heading[H_QUEUED] = 1, 0
-    heading[H_SLOTS], heading[H_DECODES] = state[k.DECODING], state[k.DECODES] - state[k.JOINED]
-    for j in range(state[k.DECODING]):
-        slot = lists[k.DECODING, j]
-        report[R_SLOTS, j], report[R_COUNTS, j] = slot, ints[k.GENERATED, slot]
+    heading[H_SLOTS], heading[H_DECODES] = state[lay.DECODING], state[lay.DECODES] - state[lay.JOINED]
+    for j in range(state[lay.DECODING]):
+        slot = lists[lay.DECODING, j]
+        report[R_SLOTS, j], report[R_COUNTS, j] = slot, int(floats[lay.P_MADE, j])
     if not perfect:
         return
-    heading[H_PREFILL], heading[H_DECODES] = state[k.PREFILL], state[k.DECODES]
-    heading[H_KV], heading[H_HELD] = state[k.KV], state[k.HELD]
-    for j in range(state[k.QUEUE]):
-        slot = lists[k.QUEUE, j]
-        if not ints[k.BROUGHT, slot]:
+    heading[H_PREFILL], heading[H_DECODES] = state[lay.PREFILL], state[lay.DECODES]
+    heading[H_KV], heading[H_HELD] = state[lay.KV], state[lay.HELD]
+    for j in range(state[lay.QUEUE]):
+        slot = lists[lay.QUEUE, j]
+        if not ints[lay.BROUGHT, slot]:
             queued = heading[H_QUEUED]
-            report[R_QUEUED, queued], report[R_LEFT, queued] = slot, ints[k.TARGET, slot] - ints[k.COMPUTED, slot]
+            report[R_QUEUED, queued], report[R_LEFT, queued] = slot, ints[lay.TARGET, slot] - ints[lay.COMPUTED, slot]
             heading[H_QUEUED] += 1
 
 
@@ -156,20 +162,19 @@ def tell(
     floats: Matrix,
     lists: IntMatrix,
     state: IntVector,
-    told: IntMatrix,
-    told_s: Matrix,
+    told: Matrix,
     count: int,
     row: int,
     now: float,
 ) -> int:  # pragma: no cover - compiled
     """Append what a gateway notices of an iteration at once; returns how many lines there are then."""
-    for kind, listed in ((FIRST_TOKEN, k.FIRST), (PREEMPTED, k.PREEMPTED), (FINISHED, k.FINISHED)):
+    for kind, listed in ((FIRST_TOKEN, lay.FIRST), (PREEMPTED, lay.PREEMPTED), (FINISHED, lay.FINISHED)):
         for j in range(state[listed]):
             slot = lists[listed, j]
-            told[count, T_KIND], told[count, T_ENGINE] = kind, row
-            told[count, T_SLOT], told[count, T_GENERATED] = slot, ints[k.GENERATED, slot]
-            told_s[count, T_AT] = now
-            told_s[count, T_WORST_S], told_s[count, T_FIRST_AT] = floats[k.WORST, slot], floats[k.FIRST_AT, slot]
+            told[count, T_AT], told[count, T_KIND] = now, kind
+            told[count, T_ROW], told[count, T_SLOT] = row, slot
+            told[count, T_GENERATED] = ints[lay.GENERATED, slot]
+            told[count, T_WORST_S], told[count, T_FIRST_AT] = floats[lay.WORST, slot], floats[lay.FIRST_AT, slot]
             count += 1
     return count
 
@@ -187,8 +192,7 @@ def advance(
     lengths: Matrix,
     heap: IntVector,
     own: IntVector,
-    told: IntMatrix,
-    told_s: Matrix,
+    told: Matrix,
     report: IntMatrix,
     heading: IntVector,
     woken: IntVector,
@@ -209,7 +213,7 @@ def advance(
     count, seconds, at = 0, np.nan, -np.inf
     for i in range(wakes):
         e = woken[i]
-        if not state[e, k.BUSY] and state[e, k.DECODING] + state[e, k.QUEUE] > 0:
+        if not state[e, lay.BUSY] and state[e, lay.DECODING] + state[e, lay.QUEUE] > 0:
             if not start(profiles, ints[e], floats[e], lists[e], state[e], clock[e], work, noise[e], own, now):
                 return STUCK, e, at, 0, seconds, now
             heap[own[HEAPED]] = e
@@ -217,34 +221,35 @@ def advance(
             sift(heap, own, state, clock, own[HEAPED] - 1)
     while own[HEAPED] > 0:
         e = heap[0]
-        now = clock[e, k.ENDS_AT]
+        now = clock[e, lay.ENDS_AT]
         if now > horizon or (now == horizon and not inclusive):
             break
-        residents = state[e, k.DECODING] + state[e, k.QUEUE]
+        residents = state[e, lay.DECODING] + state[e, lay.QUEUE]
         if count > 0 and (now >= quiet_until or count + 3 * residents > told.shape[0]):
             break
-        if state[e, k.JITTERS] and state[e, k.DRAWN] == noise.shape[1]:
+        if state[e, lay.JITTERS] and state[e, lay.DRAWN] == noise.shape[1]:
             return DRAW, e, at, count, seconds, now
-        if state[e, k.LENGTHS] == lengths.shape[1]:
+        if state[e, lay.LENGTHS] == lengths.shape[1]:
             return LENGTHEN, e, at, count, seconds, now
         at = now
         news = k.settle(ints[e], floats[e], lists[e], state[e], clock[e], now) > 0
         if news:
-            count = tell(ints[e], floats[e], lists[e], state[e], told, told_s, count, e, now)
+            count = tell(ints[e], floats[e], lists[e], state[e], told, count, e, now)
         if sight == PERFECT or (sight == GATEWAY and gateway_sees(state[e], clock[e], lengths[e], now)):
-            note_report(ints[e], lists[e], state[e], report, heading, sight == PERFECT)
-            seconds = clock[e, k.LENGTH]
+            note_report(ints[e], floats[e], lists[e], state[e], report, heading, sight == PERFECT)
+            seconds = clock[e, lay.LENGTH]
             if sight == GATEWAY:
-                seconds = median_s(lengths[e], state[e, k.LENGTHS])
-                state[e, k.LENGTHS] = 0
+                seconds = median_s(lengths[e], state[e, lay.LENGTHS])
+                state[e, lay.LENGTHS] = 0
             news = True
-        if state[e, k.DECODING] + state[e, k.QUEUE] == 0:
+        if state[e, lay.DECODING] + state[e, lay.QUEUE] == 0:
             take_out(heap, own, state, clock, e)
         else:
             if not start(profiles, ints[e], floats[e], lists[e], state[e], clock[e], work, noise[e], own, now):
                 return STUCK, e, at, 0, seconds, now
             sift(heap, own, state, clock, 0)
         if news and now >= quiet_until:
-            return TOLD, e, at, count, seconds, clock[heap[0], k.ENDS_AT] if own[HEAPED] > 0 else np.inf
-    then = clock[heap[0], k.ENDS_AT] if own[HEAPED] > 0 else np.inf
+            then = clock[heap[0], lay.ENDS_AT] if own[HEAPED] > 0 else np.inf
+            return TOLD, e if heading[H_DUE] else -1, at, count, seconds, then
+    then = clock[heap[0], lay.ENDS_AT] if own[HEAPED] > 0 else np.inf
     return TOLD if count > 0 else HORIZON, -1, at, count, seconds, then

@@ -282,12 +282,13 @@ class World:
             self._step(Cancelled(self.loop.now, request))
 
     def _dispatch(self, action: Dispatch) -> None:
-        stream = self._live[action.request]
+        stream, loop, network_s = self._live[action.request], self.loop, self.spec.network_s
         stream.instance = stream.outcome.instance = action.instance
-        stream.outcome.promoted |= action.promoted
+        if action.host != action.tier and action.promoted:
+            stream.outcome.promoted = True
         stream.dispatches += 1
-        stream.due_there_at = self.loop.now + self.spec.network_s
-        self.loop.at(stream.due_there_at, Rank.DELIVERY, self._deliver, (stream, action, stream.dispatches))
+        stream.due_there_at = loop.now + network_s
+        loop.at(stream.due_there_at, Rank.DELIVERY, self._deliver, (stream, action, stream.dispatches))
 
     def _deliver(self, sent: tuple[Stream, Dispatch, int]) -> None:
         stream, action, dispatches = sent
@@ -296,15 +297,11 @@ class World:
             return  # engine or client has gone, or it was sent elsewhere; the core hears of that
         request = stream.request
         # What the client has got is known exactly here; the core's count is as old as its last report.
-        job = Job(
-            id=request.id,
-            prompt_tokens=request.prompt_tokens,
-            output_tokens=stream.output_tokens,
-            slo=action.slo,
-            arrived_at=request.arrived_at,
-            resume_from=stream.outcome.output_tokens,
+        delivered = stream.outcome.output_tokens
+        station.engine.submit(
+            self.loop.now,
+            Job(request.id, request.prompt_tokens, stream.output_tokens, action.slo, request.arrived_at, delivered),
         )
-        station.engine.submit(self.loop.now, job)
         station.residents[request.id] = stream
         self._bank.wake(station.engine.row)
 
@@ -423,20 +420,20 @@ class World:
         """Note what iterations gave to whom; returns what a gateway notices at once."""
         seen: list[Event] = []
         for at, kind, row, slot, output_tokens, worst_lateness_s, first_token_at in told:
-            station = self._in_row[row]
-            if kind == turns.FIRST_TOKEN:
-                seen.append(FirstToken(at, station.engine.name(slot), station.id))
-            elif kind == turns.PREEMPTED:
-                request = station.engine.name(slot)
-                station.residents[request].outcome.preemptions += 1
-                seen.append(Preempted(at, request, station.id))
-            else:
-                request = station.engine.forget(slot)
+            station = self._in_row[int(row)]
+            if kind == turns.FINISHED:
+                request = station.engine.forget(int(slot))
                 stream = station.residents.pop(request)
                 if request in self._live:
-                    stream.take(output_tokens, worst_lateness_s, first_token_at, at)
+                    stream.take(int(output_tokens), worst_lateness_s, first_token_at, at)
                     self._answer(stream, "finished")
-                    seen.append(Finished(at, request, station.id, output_tokens))
+                    seen.append(Finished(at, request, station.id, int(output_tokens)))
+            elif kind == turns.FIRST_TOKEN:
+                seen.append(FirstToken(at, station.engine.name(int(slot)), station.id))
+            else:
+                request = station.engine.name(int(slot))
+                station.residents[request].outcome.preemptions += 1
+                seen.append(Preempted(at, request, station.id))
         return seen
 
     def _see(self, seen: list[Event]) -> None:
