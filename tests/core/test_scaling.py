@@ -14,7 +14,7 @@ from scenes import STEADY, TIERS, Crew
 
 from polyserve.core.bound import instance_rate
 from polyserve.core.fleet import State
-from polyserve.core.scaling import HYSTERESIS, MEMORY_S, MOST_GROWTH, PLANNED_LOAD, Demand, Plan, Scaler, shares, sizes
+from polyserve.core.scaling import HYSTERESIS, MEMORY_S, MOST_GROWTH, Demand, Plan, Scaler, shares, sizes
 from polyserve.core.types import Tier
 
 TIGHT, MIDDLE, LOOSE = TIERS
@@ -51,7 +51,7 @@ def test_the_rate_follows_a_change() -> None:
 def test_nothing_arrived_needs_nothing() -> None:
     demand = Demand(TIERS, 256)
     assert demand.rate(5.0, "tight") == 0.0
-    assert demand.need(5.0, TIGHT, STEADY) == 0.0
+    assert demand.need(5.0, TIGHT, demand.seconds_per_request(TIGHT, STEADY)) == 0.0
     assert demand.seconds_per_request(TIGHT, STEADY) == 0.0
     assert demand.admitted_share("tight") == 1.0
 
@@ -60,14 +60,14 @@ def test_the_need_is_the_rate_over_what_an_instance_serves_at_best() -> None:
     demand = Demand(TIERS, 50)
     now = steady(demand, TIGHT, 10, 200)
     served = instance_rate(STEADY, 100, 50, 100 + 25.5, 0.5 * 100 * 100, TIGHT.tpot_s)
-    assert demand.need(now, TIGHT, STEADY) == pytest.approx(10 / served, rel=0.05)
+    assert demand.need(now, TIGHT, demand.seconds_per_request(TIGHT, STEADY)) == pytest.approx(10 / served, rel=0.05)
 
 
 def test_a_tighter_pace_needs_more() -> None:
     demand = Demand(TIERS, 50)
     for tier in TIERS:
         steady(demand, tier, 10, 60)
-    needs = [demand.need(60.0, tier, STEADY) for tier in TIERS]
+    needs = [demand.need(60.0, tier, demand.seconds_per_request(tier, STEADY)) for tier in TIERS]
     assert needs == sorted(needs, reverse=True)
     assert needs[0] > needs[2]
 
@@ -181,7 +181,8 @@ def scaler(crew: Crew) -> Scaler:
 def busy(crew: Crew, tier: str, instances: float) -> None:
     """Arrivals that fill so many instances of a tier as planned."""
     crew.demand.arrived(0.0, tier, 100)
-    one = crew.demand.need(0.0, crew.tier(tier), STEADY) / PLANNED_LOAD
+    cost_s = crew.demand.seconds_per_request(crew.tier(tier), STEADY)
+    one = crew.demand.need(0.0, crew.tier(tier), cost_s) / crew.settings.planned_load
     for _ in range(int(instances / one) - 1):
         crew.demand.arrived(0.0, tier, 100)
 

@@ -31,8 +31,6 @@ HYSTERESIS = 0.2
 IDLE_ARRIVALS = 0.05
 # What the prior output length counts for, in requests.
 PRIOR_REQUESTS = 8.0
-# Share of the fluid optimum that a fleet can be planned for: the rest is burst and fragmentation.
-PLANNED_LOAD = 0.85
 
 
 @dataclass(slots=True)
@@ -137,13 +135,13 @@ class Demand:
         seen = self._seen[tier]
         return seen.admitted / seen.arrivals if seen.arrivals > 0.0 else 1.0
 
-    def need(self, now: float, tier: Tier, profile: Profile) -> float:
-        """Instances that a tier's arrivals occupy at the fluid optimum; 0 without recent arrivals."""
+    def need(self, now: float, tier: Tier, cost_s: float) -> float:
+        """Instances that a tier's arrivals occupy at that cost (`seconds_per_request`); 0 without recent arrivals."""
         seen = self._seen[tier.name]
         rate = self.rate(now, tier.name)
         if rate <= 0.0 or seen.arrivals < IDLE_ARRIVALS:
             return 0.0
-        return rate * self.seconds_per_request(tier, profile)
+        return rate * cost_s
 
     def seconds_per_request(self, tier: Tier, profile: Profile) -> float:
         """Instance-seconds that one request of the tier costs at the fluid optimum."""
@@ -276,18 +274,18 @@ class Scaler:
 
     def _size(self, now: float, ready: list[Books], plan: Plan) -> None:
         profile = ready[0].profile
-        needs = [self._demand.need(now, tier, profile) for tier in self._tiers]
+        costs = [self._demand.seconds_per_request(tier, profile) for tier in self._tiers]
+        needs = [self._demand.need(now, tier, cost) for tier, cost in zip(self._tiers, costs, strict=True)]
         if sum(needs) <= 0.0:
             if self.elastic:
                 self.wanted = {tier.name: tier.min_instances for tier in self._tiers}
             return
-        costs = [self._demand.seconds_per_request(tier, profile) for tier in self._tiers]
         have = [len(self._fleet.of_tier(tier.name)) for tier in self._tiers]
         floors = [tier.min_instances for tier in self._tiers]
         budget = self._settings.max_instances if self.elastic else len(ready)
         foresees = self.elastic and self._settings.predictive
         growth = self._demand.growth(now, self._settings.start_up_s) if foresees else 1.0
-        planned = [need * growth / PLANNED_LOAD for need in needs]
+        planned = [need * growth / self._settings.planned_load for need in needs]
         tight = not self.elastic or sum(planned) >= budget
         total = float(budget) if tight else sum(planned)
         exact = shares(planned, self._tiers, costs, total, self._settings.shortage)

@@ -64,6 +64,7 @@ class Settings:
     max_instances: int = 0  # 0: the instances that joined, none started or stopped
     min_instances: int = 0
     start_up_s: float = 0.0  # believed
+    planned_load: float = 0.85  # share of the fluid optimum that a tier is planned for: the rest is burst and rounding
     start_timeout_s: float = 600.0
     start_step: int = 4  # most instances starting at once
     keep_warm_s: float = 30.0
