@@ -351,8 +351,8 @@ class Books:
             if row is not None and rows[row, R_LEFT] > 0.0:
                 rows[row, R_LEFT] = min(max(left, 1), rows[row, R_PROMPT])
         if iteration is not None:
-            self._observe(iteration)
             tally = self.tally()
+            self._observe(iteration, tally)
             self._mixed = tally[2] > 0
             ends_at = self._inst[I_ENDS] = iteration.ended_at + self._step_s(iteration, tally)
             # Whoever has joined by now is in the iteration that a report of now begins, or else in the next.
@@ -380,19 +380,19 @@ class Books:
         if queued and decodes and self.law.kind == kernels.DYNAMIC:
             return min(self.pace_s, 2.0 * iteration.seconds)
         if decodes and not queued:
-            return self.profile.iteration_s(0, decodes, kv) * self.correction.ratio
+            return kernels.iteration_s(self.packed, 0.0, decodes, kv, 0.0) * self.correction.ratio
         return iteration.seconds
 
-    def _observe(self, iteration: Iteration) -> None:
+    def _observe(self, iteration: Iteration, tally: tuple[int, float, int, float]) -> None:
         if not self._settings.correction:
             return
         prefill, decodes, kv = iteration.prefill_tokens, iteration.decodes, iteration.kv_tokens
         if prefill is None and not self._mixed:
-            decodes, held, _, _ = self.tally()
+            decodes, held, _, _ = tally
             prefill, kv = 0, int(held)
         # Prefill attention depends on where in its prompt a chunk lies, which no report tells: decodes alone teach.
         if prefill == 0 and decodes and kv is not None:
-            self.observe(iteration.seconds, self.profile.iteration_s(0, decodes, kv))
+            self.observe(iteration.seconds, kernels.iteration_s(self.packed, 0.0, decodes, kv, 0.0))
 
     def observe(self, observed_s: float, believed_s: float) -> None:
         """Learn from one iteration how far the profile is off."""
