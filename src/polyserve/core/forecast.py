@@ -110,7 +110,16 @@ def compile_kernels() -> None:
         books.add(Job(Request(str(at), 0.0, 8, None), None, None, 8), float(at))
     forecaster, job = Forecaster(Settings(), lengths), Job(Request("", 0.0, 8, None), None, None, 8)
     forecaster.of(job, books, 9.0, pace_s=1.0)
-    forecaster.walk(job, fleet, 9.0, [(None, 0.0)], pace_s=1.0)
+    forecaster.walk(job, fleet, 9.0, Hosts(fleet, [(None, 0.0)]), pace_s=1.0)
+
+
+class Hosts:
+    """Tiers whose instances a request may join, in order, each with the share of the pace that it leaves free there."""
+
+    def __init__(self, fleet: Fleet, tiers: Sequence[tuple[TierName | None, float]]) -> None:
+        self.names = [name for name, _ in tiers]
+        self.codes: Vector = np.array([fleet.code(name) for name, _ in tiers])
+        self.reserves: Vector = np.array([reserve for _, reserve in tiers])
 
 
 class Forecaster:
@@ -171,14 +180,14 @@ class Forecaster:
         job: Job,
         fleet: Fleet,
         now: float,
-        hosts: Sequence[tuple[TierName | None, float]],
+        hosts: Hosts,
         *,
         pace_s: float,
         least_first: bool = False,
         waive: bool = False,
         whole: bool = False,
     ) -> tuple[Books | None, list[tuple[Books, Forecast]]]:
-        """The first instance of `hosts` (tiers, each with its reserve) that admits a job, and all that were asked.
+        """The first instance of `hosts` that admits a job, and all that were asked.
 
         Within a tier the most loaded is asked first, or the least loaded. Each is asked at the tighter of its pace
         and `pace_s`.
@@ -191,12 +200,10 @@ class Forecaster:
         if job.avoid:
             skip = np.zeros(arena.slots, np.bool_)
             skip[[b.slot for b in fleet if b.id in job.avoid]] = True
-        codes = np.array([fleet.code(tier) for tier, _ in hosts])
-        reserves = np.array([reserve for _, reserve in hosts])
         admits, asked = kernels.walk(
             arena.profiles, arena.insts, arena.rows, arena.gauges, lengths.table, EDGES, GRID, lengths.version,
-            skip, codes, reserves, pace_s, job.row(), least_first, settings.predict_chunks, self._tests, waive,
-            whole, now, self._tried, self._out,
+            skip, hosts.codes, hosts.reserves, pace_s, job.row(), least_first, settings.predict_chunks, self._tests,
+            waive, whole, now, self._tried, self._out,
         )  # fmt: skip
         self.asked += asked
         first = 0 if whole else asked - 1 if admits else asked

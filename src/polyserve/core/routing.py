@@ -9,12 +9,12 @@ appears on an instance, waiting requests are tried there: the instance's own tie
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from polyserve.core.fleet import Books, Fleet, Job
-from polyserve.core.forecast import DEADLINE_CAUSES, Forecast, Forecaster
+from polyserve.core.forecast import DEADLINE_CAUSES, Forecast, Forecaster, Hosts
 from polyserve.core.pending import Pending, Queue
 from polyserve.core.scaling import Demand
 from polyserve.core.settings import Settings
@@ -77,7 +77,9 @@ class Ladder:
         self.considered: list[Refusal] = []
         fixed = settings.max_instances == 0
         self._spread = settings.placement == "spread" or (settings.placement == "auto" and fixed)
-        self._hosts_of = {tier.name: self._hosts(tier) for tier in tiers}
+        self._hosts_of = {tier.name: Hosts(fleet, self._hosts(tier)) for tier in tiers}
+        looser = {tier.name: tiers[at + 1 :] for at, tier in enumerate(tiers)}
+        self._looser_of = {name: Hosts(fleet, [(t.name, 0.0) for t in hosts]) for name, hosts in looser.items()}
 
     # --------------------------------------------------------------------------------------------- one request
 
@@ -108,7 +110,7 @@ class Ladder:
         guests = [(host.name, self._settings.guest_reserve) for host in tighter]
         return [*guests, *own] if self._settings.promotion == "eager" else [*own, *guests]
 
-    def _join(self, now: float, job: Job, tier: Tier, hosts: Sequence[tuple[TierName, float]]) -> Placement | None:
+    def _join(self, now: float, job: Job, tier: Tier, hosts: Hosts) -> Placement | None:
         """A place beside others, on the first instance of those tiers that admits."""
         explain = self._settings.explain
         books, answers = self._forecaster.walk(
@@ -206,8 +208,7 @@ class Ladder:
         """Tight on loose: a looser tier's instance that can take over the tighter pace."""
         if not self._settings.tight_on_loose:
             return None
-        looser = [(host.name, 0.0) for host in self._tiers[self._rank[tier.name] + 1 :]]
-        return self._join(now, job, tier, looser) if looser else None
+        return self._join(now, job, tier, self._looser_of[tier.name])
 
     # ---------------------------------------------------------------------------------------------- best effort
 
@@ -230,7 +231,7 @@ class Ladder:
 
     def _evict(self, now: float, job: Job, tier: Tier) -> Placement | None:
         """A place on the own tier's instances, or as a guest, once best-effort residents have left it."""
-        for host, _ in self._hosts_of[tier.name]:
+        for host in self._hosts_of[tier.name].names:
             able = [b for b in self._fleet.of_tier(host) if b.by_tier.get(None) and b.id not in job.avoid]
             for books in self._by_load(able):
                 if placement := self._cleared(now, job, tier, books, takes=False):
