@@ -404,8 +404,7 @@ def settle(
     state[lay.HELD] += decodes
     if state[lay.JOINED] > 0:
         first_here(ints, floats, lists, state, now)
-    for j in range(decodes):
-        lists[lay.TOKENS, j] = lists[lay.DECODING, j]
+    lists[lay.TOKENS, :decodes] = lists[lay.DECODING, :decodes]
     state[lay.TOKENS] = decodes
     make_tokens(floats, lists, state, now)
     if decodes > 0 and state[lay.NEXT_LAST] == state[lay.ITERATIONS]:

@@ -205,9 +205,10 @@ def advance(
 ) -> tuple[int, int, float, int, float, float]:  # pragma: no cover - compiled
     """Begin the `woken` at `now`, then run iterations that end before `horizon`, or at it where that is `inclusive`.
 
-    Comes back at the first end of which there is something to tell that is not before `quiet_until`. Returns why, for
-    whom and when, how many lines are told, the iteration length that a report infers (NaN: none), and when the next
-    iteration ends.
+    Comes back at the first end of which there is something to tell that is not before `quiet_until`. Returns why; the
+    row that this concerns, where something is told that of which there is a report (-1: none); when the latest of the
+    iterations ended that it ran (-inf: none); how many lines are told; the iteration length that a report infers (NaN:
+    none); and when the next iteration ends.
     """
     heading[H_DUE] = 0
     count, seconds, at = 0, np.nan, -np.inf
@@ -224,28 +225,30 @@ def advance(
         now = clock[e, lay.ENDS_AT]
         if now > horizon or (now == horizon and not inclusive):
             break
-        residents = state[e, lay.DECODING] + state[e, lay.QUEUE]
+        its_state, its_clock = state[e], clock[e]
+        residents = its_state[lay.DECODING] + its_state[lay.QUEUE]
         if count > 0 and (now >= quiet_until or count + 3 * residents > told.shape[0]):
             break
-        if state[e, lay.JITTERS] and state[e, lay.DRAWN] == noise.shape[1]:
+        if its_state[lay.JITTERS] and its_state[lay.DRAWN] == noise.shape[1]:
             return DRAW, e, at, count, seconds, now
-        if state[e, lay.LENGTHS] == lengths.shape[1]:
+        if its_state[lay.LENGTHS] == lengths.shape[1]:
             return LENGTHEN, e, at, count, seconds, now
         at = now
-        news = k.settle(ints[e], floats[e], lists[e], state[e], clock[e], now) > 0
+        its_ints, its_floats, its_lists = ints[e], floats[e], lists[e]
+        news = k.settle(its_ints, its_floats, its_lists, its_state, its_clock, now) > 0
         if news:
-            count = tell(ints[e], floats[e], lists[e], state[e], told, count, e, now)
-        if sight == PERFECT or (sight == GATEWAY and gateway_sees(state[e], clock[e], lengths[e], now)):
-            note_report(ints[e], floats[e], lists[e], state[e], report, heading, sight == PERFECT)
-            seconds = clock[e, lay.LENGTH]
+            count = tell(its_ints, its_floats, its_lists, its_state, told, count, e, now)
+        if sight == PERFECT or (sight == GATEWAY and gateway_sees(its_state, its_clock, lengths[e], now)):
+            note_report(its_ints, its_floats, its_lists, its_state, report, heading, sight == PERFECT)
+            seconds = its_clock[lay.LENGTH]
             if sight == GATEWAY:
-                seconds = median_s(lengths[e], state[e, lay.LENGTHS])
-                state[e, lay.LENGTHS] = 0
+                seconds = median_s(lengths[e], its_state[lay.LENGTHS])
+                its_state[lay.LENGTHS] = 0
             news = True
-        if state[e, lay.DECODING] + state[e, lay.QUEUE] == 0:
+        if its_state[lay.DECODING] + its_state[lay.QUEUE] == 0:
             take_out(heap, own, state, clock, e)
         else:
-            if not start(profiles, ints[e], floats[e], lists[e], state[e], clock[e], work, noise[e], own, now):
+            if not start(profiles, its_ints, its_floats, its_lists, its_state, its_clock, work, noise[e], own, now):
                 return STUCK, e, at, 0, seconds, now
             sift(heap, own, state, clock, 0)
         if news and now >= quiet_until:
