@@ -40,6 +40,7 @@ CORE = (
     ("forecast", "admission", "scaling"),
     ("routing", "autoscaling", "latency"),
     ("baselines",),
+    ("disaggregation",),
     ("controller",),
 )
 # What has a clock, dice, a network or a log of its own is none of core's business.

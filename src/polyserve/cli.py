@@ -77,6 +77,9 @@ def simulate(
     columns: Annotated[str, typer.Option(help="The file's own column names: prompt=A,output=B,arrived=C:ms")] = "",
     profile: Annotated[str, typer.Option(help="Profile id or a .json file.")] = "a100-llama-3-8b",
     instances: Annotated[int, typer.Option(help="Instances at the start.")] = 20,
+    pd: Annotated[
+        str, typer.Option(help="PD: how many of them compute prompts, the others answer; auto: as the load asks.")
+    ] = "",
     rate: Annotated[str, typer.Option(help="Requests per second, or a share of the optimum: 90%.")] = "",
     duration: Annotated[
         float | None, typer.Option(help="Seconds measured; default 300, recorded: once through.")
@@ -128,6 +131,7 @@ def simulate(
         columns=_pairs("--columns", columns.split(",") if columns else []),
         profile=profile,
         instances=instances,
+        pd=_pd(pd),
         rate=per_second,
         of_optimal=of_optimal,
         duration_s=300.0 if duration is None and drawn.kind != "recorded" else duration,
@@ -214,6 +218,16 @@ def _rate(text: str) -> tuple[float | None, float | None]:
         return float(text), None
     except ValueError:
         raise UsageError(f"--rate: requests per second (100) or a share of the optimum (90%), not {text!r}") from None
+
+
+def _pd(text: str) -> int | Literal["auto"] | None:
+    if not text:
+        return None
+    if text == "auto":
+        return "auto"
+    if re.fullmatch(r"\d{1,6}", text):
+        return int(text)
+    raise UsageError(f"--pd: auto, or how many instances compute prompts (6), not {text!r}")
 
 
 def _pairs(option: str, items: list[str]) -> dict[str, str]:

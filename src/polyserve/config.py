@@ -294,6 +294,10 @@ def _configured(
     except SettingError as error:
         key = "policy" if "policy" in str(error) else "settings"
         raise ConfigError(f"{source}: {key}: {error}") from None
+    if settings.disaggregated:
+        raise ConfigError(
+            f"{source}: settings: disaggregated: PD is simulated only (polyserve simulate --pd); leave it"
+        )
     tiers = tuple(
         Tier(
             tier.name,

@@ -25,6 +25,7 @@ class Admission:
         self._lengths = lengths
         self._kinds: dict[tuple[str, ChunkRule], Profile] = {}  # of instances that ever joined
         self._tightest_s = 0.0
+        self._link: tuple[float, float] | None = None
         self._solo: list[tuple[Vector, int]] = []  # of each kind: its packed profile and largest chunk
         self._context = max(_context(profile) for profile in profiles.values())
 
@@ -36,6 +37,9 @@ class Admission:
         kinds = self._kinds.items()
         self._tightest_s = min(profile.tightest_pace_s for profile in self._kinds.values())
         self._solo = [(profile.packed, largest_solo_chunk(profile.limits, chunk)) for (_, chunk), profile in kinds]
+        if self._settings.disaggregated:
+            bytes_ = max(profile.kv_bytes_per_token for profile in self._kinds.values())
+            self._link = (self._settings.kv_latency_s, bytes_ / self._settings.kv_bandwidth)
         self._context = max(self._context, min(books.profile.limits.context_tokens, books.kv_tokens))
 
     def admit(self, request: Request) -> Job | RefuseCode:
@@ -48,7 +52,8 @@ class Admission:
             return self.job(request, self.bin(request.slo) or self._tiers[0], request.slo)
         tier = self.bin(request.slo)
         solo_s = self.solo_ttft_s(request.prompt_tokens)
-        slo = self._reachable(request.slo, tier, solo_s)
+        less_s = self._least_less_s(request.prompt_tokens, request.slo)
+        slo = self._reachable(request.slo, tier, solo_s, less_s)
         return "slo_infeasible" if slo is None else self.job(request, tier or self._tiers[0], slo, solo_s)
 
     def _without_slo(self) -> tuple[Tier | None, Slo | None]:
@@ -62,9 +67,16 @@ class Admission:
         bound_s = slo.tpot_s * (1 + 1e-9)
         return next((tier for tier in reversed(self._tiers) if tier.tpot_s <= bound_s), None)
 
-    def _reachable(self, slo: Slo, tier: Tier | None, best_s: float) -> Slo | None:
+    def _least_less_s(self, prompt_tokens: int, slo: Slo) -> float:
+        """Seconds of a first token's deadline that the second one needs on idle instances: PD's hand-over."""
+        if self._link is None:
+            return 0.0
+        return max(self._link[0] + self._link[1] * prompt_tokens + self._tightest_s - slo.tpot_s, 0.0)
+
+    def _reachable(self, slo: Slo, tier: Tier | None, best_s: float, less_s: float) -> Slo | None:
         """The SLO, if an idle instance would meet it; else the best possible one, or None by the settings."""
         paced = tier is not None and self._holds(tier)
+        best_s += less_s
         if paced and best_s <= slo.ttft_s:
             return slo
         if self._settings.infeasible == "refuse" and self._settings.on_late == "refuse":
@@ -83,7 +95,7 @@ class Admission:
         """The job of a request; `tier` None is best effort. `solo_s`: what its prompt takes alone, where known."""
         index = None if tier is None else self._index[tier.name]
         row = self._lengths.row(index, request.prompt_tokens)
-        job = Job(request, tier.name if tier else None, slo, request.prompt_tokens, row)
+        job = Job(request, tier.name if tier else None, slo, request.prompt_tokens, row, link=self._link)
         self.set_latest(job, solo_s)
         return job
 
@@ -97,7 +109,8 @@ class Admission:
         """Note what the job's prompt takes on an idle instance, and when it is too late even for that."""
         if job.slo is not None:
             job.solo_s = self.solo_ttft_s(job.prefill_tokens) if solo_s is None else solo_s
-            job.latest_at = to_microsecond(job.due_at - job.solo_s)
+            less_s = self._least_less_s(job.prefill_tokens, job.slo)
+            job.latest_at = to_microsecond(job.due_at - job.solo_s - less_s)
 
 
 def _context(profile: Profile) -> int:

@@ -74,7 +74,7 @@ def _waiting(pending: Pending) -> list[Job]:
     return [*(job for queue in pending.queues.values() for job in queue), *pending.best_effort.values()]
 
 
-def _first(pending: Pending, count: int) -> list[Job]:
+def first(pending: Pending, count: int) -> list[Job]:
     """The first of every queue, together in deadline order, then those without an SLO."""
     heads = [job for queue in pending.queues.values() for job in queue.head(count)]
     heads.sort(key=lambda job: (job.behind, job.due_at))
@@ -315,7 +315,7 @@ class SingleSlo(OnePool):
         if not self._paced(Predictor(demand, now, 1).of(books)):
             return  # not even the shortest prompt
         refused = 0
-        for job in _first(pending, 32):
+        for job in first(pending, 32):
             if books.id in job.avoid:
                 continue
             if self._fits(now, job, books, Predictor(demand, now, job.prefill_tokens)) is not None:

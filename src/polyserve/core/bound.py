@@ -63,15 +63,26 @@ def solo_ttft_s(profile: Profile, chunk: ChunkRule, prompts: Ints) -> Floats:
     return seconds
 
 
-def feasible(profile: Profile, chunk: ChunkRule, prompts: Ints, outputs: Ints, slo: Slo) -> Bools:
-    """Which requests an empty instance would serve on time to the last token, within memory and context."""
+def feasible(
+    profile: Profile,
+    chunk: ChunkRule,
+    prompts: Ints,
+    outputs: Ints,
+    slo: Slo,
+    link: tuple[float, float] | None = None,
+) -> Bools:
+    """Which requests an empty instance would serve on time to the last token, within memory and context.
+
+    In PD `link` is what a hand-over of KV takes, to begin with and per token: it comes before the second token.
+    """
     last = prompts + outputs
     limits = profile.limits
     decode_s = _decode_s(profile, np.ones(1), last.astype(float))
+    first_s = solo_ttft_s(profile, chunk, prompts)
+    if link is not None:
+        first_s = first_s + np.maximum(link[0] + link[1] * prompts + decode_s - slo.tpot_s, 0.0)
     fits: Bools = (
-        (solo_ttft_s(profile, chunk, prompts) <= slo.ttft_s)
-        & (decode_s <= slo.tpot_s)
-        & (last <= min(limits.kv_tokens, limits.context_tokens))
+        (first_s <= slo.ttft_s) & (decode_s <= slo.tpot_s) & (last <= min(limits.kv_tokens, limits.context_tokens))
     )
     return fits
 
@@ -168,6 +179,70 @@ def _best_rate(decodes: Floats, mean_s: Floats, held_s: Floats, bound_s: float) 
         crossing = float(decodes[i] + share * (decodes[i + 1] - decodes[i]))
         best = max(best, crossing / bound_s)
     return best
+
+
+def prompt_rate(profile: Profile, prompt: float, attention: float) -> float:
+    """Prompts per second that one instance can compute at best where it does nothing else.
+
+    Between two knots the cost of a token is linear over linear in the chunk, so the best chunk is at a knot or an end.
+    """
+    most = float(profile.limits.max_num_batched_tokens)
+    chunks = np.array([*(c for c in profile.knots if 1.0 < c < most), 1.0, most])
+    token_s = float((_token_s(profile, chunks) / chunks).min())
+    return 1.0 / (prompt * token_s + profile.per_attention_s * attention)
+
+
+def answer_rate(profile: Profile, output: float, context: float, tpot_s: float) -> float:
+    """Answers per second, less their first tokens, that one instance can make at best where prompts are none of its.
+
+    0 when it cannot hold the pace; inf when there is nothing to make.
+    """
+    if output <= 1.0:
+        return np.inf
+    b = _batches(profile.limits, 0.0, 1.0, context)
+    seconds = _decode_s(profile, b, b * context)
+    return _best_rate(b, seconds, seconds, tpot_s) / (output - 1.0)
+
+
+class SplitNeeds(NamedTuple):
+    """Instances that one request per second, of all tiers together, occupies in PD."""
+
+    prefill: float
+    decode: float
+
+
+def split_needs(profile: Profile, tiers: Sequence[TierMix], paces: Sequence[float] | None = None) -> SplitNeeds | None:
+    """What the mean request of these tiers needs of each kind; None where a pace is never held."""
+    total, prefill, decode = sum(t.share for t in tiers), 0.0, 0.0
+    for tier, pace in zip(tiers, paces or [t.tpot_s for t in tiers], strict=True):
+        if tier.share <= 0.0:
+            continue
+        rate = answer_rate(profile, tier.output, tier.context, pace)
+        if rate <= 0.0:
+            return None
+        prefill += tier.share / total / prompt_rate(profile, tier.prompt, tier.attention)
+        decode += tier.share / total / rate
+    return SplitNeeds(prefill, decode)
+
+
+def split_rate(
+    profile: Profile, instances: float, tiers: Sequence[TierMix], paces: Sequence[float] | None = None
+) -> float:
+    """`optimal_rate` in PD: the best over all splits into instances for prompts and for answers, parts of one too."""
+    needs = split_needs(profile, tiers, paces)
+    return instances / sum(needs) if needs is not None and sum(needs) > 0.0 else 0.0
+
+
+def split_ceiling(profile: Profile, tiers: Sequence[TierMix]) -> float | None:
+    """`ceiling` in PD."""
+    tightest = min(t.tpot_s for t in tiers if t.share > 0)
+    pooled = split_rate(profile, 1.0, tiers, [tightest] * len(tiers))
+    return split_rate(profile, 1.0, tiers) / pooled if pooled > 0 else None
+
+
+def best_split(instances: int, prefill: float, decode: float) -> int:
+    """Whole instances for prompts, of at least two in all, where loads stand to each other as given."""
+    return max(range(1, instances), key=lambda count: (min(count * decode, (instances - count) * prefill), -count))
 
 
 def optimal_rate(profile: Profile, instances: float, tiers: Sequence[TierMix], *, strict: bool = False) -> float:

@@ -16,9 +16,10 @@ from typing import assert_never
 import numpy as np
 
 from polyserve.core.admission import Admission
-from polyserve.core.autoscaling import autoscaler
+from polyserve.core.autoscaling import Autoscaler, autoscaler
 from polyserve.core.baselines import Given, router
-from polyserve.core.fleet import Books, Fleet, Job, State
+from polyserve.core.disaggregation import SplitScaler, relay
+from polyserve.core.fleet import Books, Fleet, Job, SplitFleet, State
 from polyserve.core.forecast import Forecast, Forecaster, compile_kernels
 from polyserve.core.lengths import LengthModel
 from polyserve.core.pending import Pending
@@ -43,18 +44,22 @@ from polyserve.core.types import (
     Failed,
     Finished,
     FirstToken,
+    HandOver,
     InstanceId,
     Joined,
     Lost,
     Preempted,
     Progressed,
     Ready,
+    Received,
     Refuse,
     RefuseCode,
     Reported,
     Request,
     RequestId,
+    Role,
     SetPace,
+    SetRole,
     Slo,
     Start,
     Stop,
@@ -108,6 +113,8 @@ class Controller:
                 self._first_token(event)
             case Finished():
                 self._finished(event)
+            case Received():
+                self._received(event)
             case Tick():
                 pass
             case Corrected():
@@ -115,7 +122,8 @@ class Controller:
             case Cancelled():
                 self._cancelled(event.request)
             case Preempted():
-                if books := self._fleet.get(event.instance):
+                books, job = self._resident(event.instance, event.request)
+                if books is not None and job is not None:
                     books.recompute(event.request)
             case Broken():
                 self._broken(event)
@@ -161,15 +169,27 @@ class Controller:
         self._tier: dict[TierName, Tier] = {tier.name: tier for tier in self._tiers}
         self._profiles = {name: Profile.from_dict(plain) for name, plain in event.profiles.items()}
         self._lengths = LengthModel(len(self._tiers), self._settings.length_prior_tokens, self._settings.lengths)
-        self._fleet = Fleet([tier.name for tier in self._tiers])
+        split = self._settings.disaggregated
+        names = [tier.name for tier in self._tiers]
+        self._fleet: Fleet = SplitFleet(names) if split else Fleet(names)
         self._admission = Admission(self._settings, self._tiers, self._profiles, self._lengths)
         self._pending = Pending([tier.name for tier in self._tiers])
-        self._demand = Demand(self._tiers, self._settings.length_prior_tokens)
+        self._demand = Demand(self._tiers, self._settings.length_prior_tokens, self._lengths if split else None)
         self._forecaster = Forecaster(self._settings, self._lengths)
-        given = (self._settings, self._tiers, self._fleet, self._forecaster, self._demand, Random(event.seed))
-        self._router: Router = router(Given(*given))
+        random = Random(event.seed)
+
+        def given(fleet: Fleet) -> Given:
+            return Given(self._settings, self._tiers, fleet, self._forecaster, self._demand, random)
+
+        self._scaler: Autoscaler
+        if isinstance(self._fleet, SplitFleet):
+            self._relay = relay(given, self._fleet)
+            self._router: Router = self._relay
+            self._scaler = SplitScaler(self._settings, self._tiers, self._fleet, self._demand)
+        else:
+            self._router = router(given(self._fleet))
+            self._scaler = autoscaler(self._settings, self._tiers, self._fleet, self._demand, self._pending)
         self._quantile = NormalDist().inv_cdf(min(max(self._settings.confidence, 0.001), 0.999))
-        self._scaler = autoscaler(self._settings, self._tiers, self._fleet, self._demand, self._pending)
         # Not at once: a body tells of the instances that exist right after this.
         self._look_at = to_microsecond(self._now + self._settings.look_s)
         self._lengths_at = self._now
@@ -248,11 +268,9 @@ class Controller:
 
     def _carry_out(self, placement: Placement) -> None:
         job, books = placement.job, placement.books
-        for request in placement.evicts:
-            self._evict(books, request)
-        label = placement.label or job.tier
-        if placement.takes and books.tier != label:
-            self._assign(books, label)
+        self._make_way(placement)
+        if placement.then is not None:
+            self._keep_place(placement.then)
         if job.id in self._pending:
             self._pending.remove(job.id)
             if job.tier is not None:
@@ -268,6 +286,15 @@ class Controller:
         self._repace(books)
         self._actions.append(Dispatch(job.id, books.id, job.tier, books.tier, job.slo, job.made, predicted))
 
+    def _make_way(self, placement: Placement) -> None:
+        """What has to happen to an instance before it takes the job."""
+        books = placement.books
+        for request in placement.evicts:
+            self._evict(books, request)
+        label = placement.label or placement.job.tier
+        if placement.takes and books.tier != label:
+            self._assign(books, label)
+
     def _assign(self, books: Books, tier: TierName | None) -> None:
         books.tier = tier
         books.since = self._now
@@ -280,14 +307,20 @@ class Controller:
         pace = self._router.pace_s(books)
         if pace != books.pace_s:
             books.pace_s = pace
-            if books.law.kind == 0:
+            if books.law.kind == 0 and pace < math.inf:
                 self._actions.append(SetPace(books.id, to_microsecond(pace)))
 
     def _evict(self, books: Books, request: RequestId) -> None:
-        job = books.remove(request)
+        job = books.jobs.get(request)
         if job is None:
             return
-        self._actions.append(Evict(request, books.id))
+        on = self._fleet.get(job.instance or "")
+        assert on is not None, f"{request} is nowhere"
+        on.remove(request)
+        for left in (on, self._part(job)):
+            if left is not None and left is not books:
+                self._empty_out(left)
+        self._actions.append(Evict(request, on.id))
         self._requeue(job)
 
     def _requeue(self, job: Job) -> None:
@@ -295,6 +328,8 @@ class Controller:
         job.made, job.instance = job.seen, None
         if job.made > 0:
             job.late = True  # its stream has begun: it is never refused
+            if job.link is not None:
+                self._admission.set_latest(job)  # its prompt is to be computed again
         elif job.slo is not None:
             self._admission.set_latest(job)
         self._pending.push(job, self._now)
@@ -308,14 +343,22 @@ class Controller:
 
     def _vacated(self, books: Books) -> None:
         """A resident has left."""
-        if books.state is State.DRAINING:
-            self._stop_if_drained(books)
-            if books.jobs:
-                self._repace(books)
+        if books.state in (State.DRAINING, State.TURNING):
+            self._empty_out(books)
+            self._refill(books)
             return
         self._relabel_for_guests(books)
         self._repace(books)
         self._refill(books)
+
+    def _empty_out(self, books: Books) -> None:
+        """A resident has left an instance that is to be stopped, or to turn, when it is empty."""
+        if books.state is State.DRAINING:
+            self._stop_if_drained(books)
+        elif books.state is State.TURNING:
+            self._turn_if_empty(books)
+        if books.jobs:
+            self._repace(books)
 
     def _relabel_for_guests(self, books: Books) -> None:
         """An instance whose hosts have gone takes the tier of its tightest guest, where tiers are not sized."""
@@ -335,20 +378,32 @@ class Controller:
         self._refill(books)
 
     def _first_token(self, event: FirstToken) -> None:
-        books = self._fleet.get(event.instance)
-        if books is None or event.request not in books.jobs:
-            return
-        books.first_token(event.request)
-
-    def _finished(self, event: Finished) -> None:
-        books = self._fleet.get(event.instance)
-        job = books.remove(event.request) if books else None
+        books, job = self._resident(event.instance, event.request)
         if books is None or job is None:
             return
+        if books.role is Role.PREFILL and job.link is not None:
+            self._computed(books, job, event.at)
+        else:
+            books.first_token(event.request)
+
+    def _resident(self, instance: InstanceId, request: RequestId) -> tuple[Books | None, Job | None]:
+        """An instance and a request on it; in PD not one that is only promised to it."""
+        books = self._fleet.get(instance)
+        job = books.jobs.get(request) if books is not None else None
+        return books, job if job is not None and job.instance == instance else None
+
+    def _finished(self, event: Finished) -> None:
+        books, job = self._resident(event.instance, event.request)
+        if books is None or job is None:
+            return
+        books.remove(event.request)
+        other = self._part(job)
         self._lengths.ended(job.length_row, event.output_tokens)
         if job.tier is not None:
             self._demand.ended(job.tier, job.prompt_tokens, event.output_tokens)
         self._vacated(books)
+        if other is not None:
+            self._vacated(other)
 
     def _corrected(self, event: Corrected) -> None:
         job = self._pending.get(event.request)
@@ -357,38 +412,49 @@ class Controller:
             self._admission.correct(job, event.prompt_tokens)
             self._pending.push(job, self._now)
             return
-        for books in self._fleet:
-            if event.request in books.jobs:
-                books.correct_prompt(event.request, event.prompt_tokens)
-                books.jobs[event.request].prompt_tokens = event.prompt_tokens
+        holding = [books for books in self._fleet if event.request in books.jobs]
+        for books in holding:
+            books.correct_prompt(event.request, event.prompt_tokens)
+        for books in holding:
+            books.jobs[event.request].prompt_tokens = event.prompt_tokens
 
     def _cancelled(self, request: RequestId) -> None:
         if request in self._pending:
             self._pending.remove(request)
             return
         for books in self._fleet:
-            if books.remove(request) is not None:
-                self._actions.append(Cancel(request, books.id))
-                self._vacated(books)
-                return
+            job = books.jobs.get(request)
+            if job is None or job.instance != books.id:
+                continue
+            books.remove(request)
+            other = self._part(job)
+            self._actions.append(Cancel(request, books.id))
+            self._vacated(books)
+            if other is not None:
+                self._vacated(other)
+            return
 
     def _broken(self, event: Broken) -> None:
-        books = self._fleet.get(event.instance)
-        job = books.remove(event.request) if books else self._pending.get(event.request)
+        books, job = self._resident(event.instance, event.request)
+        other = None
+        if books is None and event.request in self._pending:
+            job = self._pending.remove(event.request)
         if job is None:
             return
-        if books is None:
-            job = self._pending.remove(event.request)
+        if books is not None:
+            books.remove(job.id)
+            other = self._part(job)
         job.seen = max(event.tokens, job.made)
         job.avoid.add(event.instance)
         self._replace(job)
-        if books is not None:
-            self._vacated(books)
+        for left in (books, other):
+            if left is not None:
+                self._vacated(left)
 
     def _replace(self, job: Job) -> None:
         """Find a new place for a job whose stream broke."""
         self._requeue(job)
-        others = [b for b in self._fleet if b.id not in job.avoid]
+        others = all(any(b.id not in job.avoid for b in part) for part in self._fleet.parts)
         if not others and not self._starting and not self._scaler.elastic:
             if job.made == 0:
                 self._pending.remove(job.id)
@@ -406,18 +472,124 @@ class Controller:
             books.reported_at = event.at
             books.foreign = max(event.running + event.waiting - len(books.jobs), 0)
 
+    # ---------------------------------------------------------------------------------------------- two instances
+
+    def _keep_place(self, placement: Placement) -> None:
+        """Promise a job a place on the instance that will answer it."""
+        self._make_way(placement)
+        job, books = placement.job, placement.books
+        job.partner = books.id
+        books.add(job, self._now)
+        books.empty_looks = 0
+        self._repace(books)
+
+    def _part(self, job: Job) -> Books | None:
+        """Free what a job has besides the instance it is on: a place kept, or KV on its way; returns where that was."""
+        other = self._fleet.get(job.partner) if job.partner is not None else None
+        job.partner = None
+        if other is not None:
+            seen = job.seen
+            other.remove(job.id)
+            other.parting.pop(job.id, None)
+            job.seen = seen
+        return other
+
+    def _computed(self, source: Books, job: Job, at: float) -> None:
+        """A prompt is computed: its KV goes to the instance that answers, unless the first token is the only one."""
+        if job.request.max_tokens is not None and job.request.max_tokens - job.made <= 1:
+            source.first_token(job.id)
+            return
+        source.computed(job.id, at, self._now)
+        job.seen = job.made + 1
+        target = self._fleet.get(job.partner) if job.partner is not None else None
+        if target is not None and target.state is State.READY:
+            self._send_on(source, target, job)
+            return
+        kept = self._part(job)
+        self._hand_over(source, job)
+        if kept is not None:
+            self._vacated(kept)
+
+    def _hand_over(self, source: Books, job: Job) -> None:
+        """Find who answers a job whose KV lies on `source`; nobody there: it waits, to be computed again."""
+        job.solo_s = 0.0
+        placement = self._relay.onward(self._now, job)
+        if placement is None:
+            self._replace(job)
+            self._vacated(source)
+            return
+        self._keep_place(placement)
+        self._send_on(source, placement.books, job)
+
+    def _send_on(self, source: Books, target: Books, job: Job) -> None:
+        source.parting[job.id] = job
+        target.handed(job.id)
+        job.instance, job.partner = target.id, source.id
+        self._actions.append(HandOver(job.id, source.id, target.id, job.tier, target.tier, job.slo))
+
+    def _received(self, event: Received) -> None:
+        books, job = self._resident(event.instance, event.request)
+        if books is None or job is None:
+            return
+        books.received(job.id)
+        source, job.partner = self._fleet.get(job.partner or ""), None
+        if source is not None:
+            source.parting.pop(job.id, None)
+            if source.state is not State.READY:
+                self._vacated(source)
+
+    def _promise_again(self, job: Job) -> None:
+        """The instance that was to answer has gone while the prompt is being computed."""
+        job.partner = None
+        placement = self._relay.promise(self._now, job)
+        if placement is not None:
+            self._keep_place(placement)
+
+    def _kv_lost(self, job: Job) -> None:
+        """An instance went with KV that was on its way."""
+        target, job.partner = self._fleet.get(job.instance or ""), None
+        if target is not None:
+            target.remove(job.id)
+        job.seen = max(job.seen, job.made + 1)
+        self._replace(job)
+        if target is not None:
+            self._vacated(target)
+
+    def _turn(self, books: Books, role: Role) -> None:
+        """Give an instance another role when it is empty; its own: it was to turn, and stays."""
+        if role is books.role:
+            books.state, books.turns_to = State.READY, None
+            self._refill(books)
+            return
+        books.state, books.turns_to = State.TURNING, role
+        self._turn_if_empty(books)
+        self._refill(books)
+
+    def _turn_if_empty(self, books: Books) -> None:
+        if not books.empty or books.turns_to is None:
+            return
+        assert isinstance(self._fleet, SplitFleet)
+        self._fleet.turn(books, books.turns_to)
+        books.state, books.turns_to, books.since, books.empty_looks = State.READY, None, self._now, 0
+        self._actions.append(SetRole(books.id, books.role))
+        self._repace(books)
+
     # ------------------------------------------------------------------------------------------------- instances
 
     def _joined(self, event: Joined) -> None:
         instance = event.instance
-        self._starting.pop(instance.id, None)
+        ours = self._starting.pop(instance.id, None) is not None
         if instance.id in self._fleet.books:
             return
         watched = self._router.wants_progress
         books = Books(instance, self._profiles[instance.profile], self._settings, self._lengths, watched)
         books.since = self._now
         self._admission.joined(books)
+        if isinstance(self._scaler, SplitScaler) and (ours or books.role is Role.MIXED):
+            books.role = self._scaler.role()
         self._fleet.add(books)
+        if books.role is not instance.role:
+            self._actions.append(SetRole(books.id, books.role))
 
     def _ready(self, instance: InstanceId) -> None:
         books = self._fleet.get(instance)
@@ -435,10 +607,20 @@ class Controller:
         self._starting.pop(instance, None)
         if books is None:
             return
-        for request in list(books.jobs):
-            job = books.remove(request)
-            assert job is not None
+        for job in list(books.jobs.values()):
+            books.remove(job.id)
+            if job.instance != instance:
+                self._promise_again(job)
+                continue
+            other = self._part(job)
+            if other is not None and books.role is not Role.PREFILL:
+                self._hand_over(other, job)  # its KV is there still
+                continue
             self._replace(job)
+            if other is not None:
+                self._vacated(other)
+        for job in list(books.parting.values()):
+            self._kv_lost(job)
 
     def _failed(self, instance: InstanceId) -> None:
         self._starting.pop(instance, None)
@@ -456,7 +638,7 @@ class Controller:
         self._stop_if_drained(books)
 
     def _stop_if_drained(self, books: Books) -> None:
-        if not books.jobs:
+        if books.empty:
             self._fleet.remove(books.id)
             self._actions.append(Stop(books.id))
 
@@ -544,6 +726,8 @@ class Controller:
             waiting.append(self._tiers[-1].name)
         starting = len(self._starting) + len(self._fleet.starting())
         plan = self._scaler.look(self._now, waiting, starting)
+        for books, role in plan.roles:
+            self._turn(books, role)
         for books, tier in plan.assign:
             if books.tier != tier:
                 self._assign(books, tier)

@@ -43,6 +43,7 @@ from polyserve.core.kernels import (
     I_TOKENS,
     I_WAITS,
     POOL,
+    PROMISED,
     R_BAND,
     R_BASE,
     R_CAP,
@@ -50,10 +51,12 @@ from polyserve.core.kernels import (
     R_FROM,
     R_KEY,
     R_LEFT,
+    R_LESS,
     R_MADE,
     R_PROMPT,
     R_RUN,
     R_SEEN,
+    R_SOLO,
     R_TPOT,
     Matrix,
     Vector,
@@ -61,7 +64,7 @@ from polyserve.core.kernels import (
 from polyserve.core.lengths import EDGES, GRID, LengthModel
 from polyserve.core.profile import Profile
 from polyserve.core.settings import Settings
-from polyserve.core.types import Instance, InstanceId, Iteration, Request, RequestId, Slo, TierName
+from polyserve.core.types import Instance, InstanceId, Iteration, Request, RequestId, Role, Slo, TierName
 
 
 class State(StrEnum):
@@ -69,6 +72,7 @@ class State(StrEnum):
 
     STARTING = "starting"
     READY = "ready"
+    TURNING = "turning"  # to change its role as soon as it is empty
     DRAINING = "draining"
 
 
@@ -90,6 +94,11 @@ class Job:
     solo_s: float = 0.0  # what its prompt takes on an idle instance
     latest_at: float = math.inf  # beyond this no idle instance would be in time
     avoid: set[InstanceId] = field(default_factory=set)  # instances that broke it
+    # In PD: what a hand-over of its KV takes, to begin with and per token; None where nothing is handed over.
+    link: tuple[float, float] | None = None
+    less_s: float = 0.0  # of its first token's deadline, kept for what follows the prompt
+    # Its other instance: while its prompt is computed the one it is promised to, then the one its KV comes from.
+    partner: InstanceId | None = None
     _row: Vector | None = field(default=None, repr=False, compare=False)
     _row_of: tuple[float, ...] = ()
 
@@ -107,10 +116,16 @@ class Job:
         """Tokens to compute before the next output token."""
         return self.prompt_tokens + self.made
 
+    @property
+    def transfer_s(self) -> float:
+        """What handing its KV over takes."""
+        return self.link[0] + self.link[1] * self.prefill_tokens if self.link is not None else 0.0
+
     def row(self) -> Vector:
         """The job as a row of the books (columns `kernels.R_*`), for an engine that goes by deadlines and is idle.
 
-        A request for n choices is charged its prompt once.
+        A request for n choices is charged its prompt once. In PD: as it will be on the instance that answers, its
+        first token made.
         """
         of = (self.made, self.prompt_tokens, self.length_row, self.solo_s)
         if self._row is None or of != self._row_of:
@@ -119,9 +134,18 @@ class Job:
             cap = math.inf if request.max_tokens is None else max(request.max_tokens - self.made, 1)
             tpot = slo.tpot_s if slo else 0.0  # without a deadline due is inf, and stays it
             made, row, solo_s = self.made, self.length_row, self.solo_s
-            self._row = np.array((prompt, prompt, 0.0, cap, row, due, tpot, due, made, made, 0.0, 0.0, solo_s))
+            left, has = (prompt, 0.0) if self.link is None else (0.0, 1.0)
+            there_s = solo_s + self.transfer_s
+            self._row = np.array((prompt, left, has, cap, row, due, tpot, due, made, made, 0.0, 0.0, there_s, 0.0))
             self._row_of = of
         return self._row
+
+    def prompt_row(self) -> Vector:
+        """In PD: the job as it is on the instance that computes its prompt and makes one token."""
+        row = self.row().copy()
+        row[R_LEFT], row[R_MADE], row[R_CAP] = row[R_PROMPT], 0.0, 1.0
+        row[R_SOLO], row[R_LESS] = self.solo_s, self.less_s
+        return row
 
 
 class Books:
@@ -143,7 +167,10 @@ class Books:
         self.kv_tokens = instance.kv_tokens or limits.kv_tokens
         self.max_num_seqs = instance.max_num_seqs or limits.max_num_seqs
         self.watched = watched
-        self.jobs: dict[RequestId, Job] = {}
+        self.jobs: dict[RequestId, Job] = {}  # in PD with those that are promised to it
+        self.parting: dict[RequestId, Job] = {}  # in PD: computed here, and their KV is on its way
+        self.role = instance.role
+        self.turns_to: Role | None = None  # while it is `TURNING`
         self.correction = Correction()
         self.since = 0.0  # when it last changed state or tier
         self.empty_looks = 0
@@ -248,7 +275,7 @@ class Books:
     # ------------------------------------------------------------------------------------------------- residents
 
     def add(self, job: Job, now: float) -> None:
-        """Take a job in as a resident whose prompt is still to be computed."""
+        """Take a job in as a resident whose prompt is still to be computed; in PD, to answer: whose KV is to come."""
         self.jobs[job.id] = job
         self.by_tier[job.tier] = self.by_tier.get(job.tier, 0) + 1
         if not self.watched:
@@ -260,13 +287,16 @@ class Books:
         if at == len(self._rows):
             self._arena.widen()
         row = self._rows[at]
-        row[:] = job.row()
+        promised = job.link is not None and self.role is not Role.PREFILL
+        row[:] = job.prompt_row() if job.link is not None and not promised else job.row()
+        if promised:
+            row[R_LEFT] = PROMISED
         if self._inst[I_FCFS]:
             row[R_KEY] = now
         row[R_FROM] = max(self._inst.item(I_ENDS), now) if at else now
         self._ids.append(job.id)
         self._index[job.id] = at
-        self._mixed = True
+        self._mixed = self._mixed or not promised
         self._touch()
         if at == 0:
             self._advance(now)
@@ -300,6 +330,41 @@ class Books:
             self._rows[at, R_MADE] = 1.0
             self._rows[at, R_SEEN] = self._rows[at, R_BASE] + 1.0
             self._touch()
+
+    def computed(self, request: RequestId, at: float, now: float) -> None:
+        """Forget a prompt that was computed `at`: then an iteration ended, which nothing else tells of without decodes.
+
+        Those computed in the same iteration are told of one after the other.
+        """
+        place = self._index.get(request)
+        if place is not None:
+            left, run = self.rows[:, R_LEFT], self.rows[:, R_RUN]
+            if 1.0 < left[place] <= run[place]:  # as believed, and not noted yet
+                left[:] = np.where(run > 0.0, np.maximum(left - run, 1.0), left)
+            run[:] = 0.0
+            self._inst[I_ENDS] = -1.0
+        self.remove(request)
+        if place is not None and self._ids:
+            self._advance(at)
+            self._advance(now)
+
+    def received(self, request: RequestId) -> None:
+        """The KV of a promised resident is here: it decodes."""
+        at = self._index.get(request)
+        if at is not None and self._rows[at, R_LEFT] < 0.0:
+            self._rows[at, R_LEFT] = 0.0
+            self._touch()
+
+    def handed(self, request: RequestId) -> None:
+        """A promised resident's first token was made, and its KV is on its way."""
+        at = self._index.get(request)
+        if at is not None:
+            self._rows[at, R_SEEN] = self._rows[at, R_BASE] + 1.0
+
+    @property
+    def empty(self) -> bool:
+        """Whether it holds nothing of anybody."""
+        return not self.jobs and not self.parting
 
     def recompute(self, request: RequestId) -> None:
         """A resident was preempted: its tokens so far become prompt to compute again."""
@@ -546,3 +611,48 @@ class Fleet:
 
     def starting(self) -> list[Books]:
         return [b for b in self.books.values() if b.state is State.STARTING]
+
+    @property
+    def parts(self) -> Sequence[Fleet]:
+        """The fleets of all of which a request needs an instance."""
+        return (self,)
+
+
+class SplitFleet(Fleet):
+    """A fleet in PD: instances that compute prompts, instances that answer, and all of them together.
+
+    Tiers are of those that answer.
+    """
+
+    def __init__(self, tiers: Sequence[TierName] = ()) -> None:
+        super().__init__(tiers)
+        self.prefill, self.decode = Fleet(tiers), Fleet(tiers)
+
+    @property
+    def parts(self) -> Sequence[Fleet]:
+        return (self.prefill, self.decode)
+
+    def part(self, role: Role) -> Fleet:
+        return self.prefill if role is Role.PREFILL else self.decode
+
+    def add(self, books: Books) -> None:
+        self.remove(books.id)
+        self.books[books.id] = books
+        self.part(books.role).add(books)
+
+    def remove(self, instance: InstanceId) -> Books | None:
+        books = self.books.pop(instance, None)
+        return None if books is None else self.part(books.role).remove(instance)
+
+    def turn(self, books: Books, role: Role) -> None:
+        """Give an empty instance another role; it is in the pool then."""
+        assert books.empty, f"{books} holds requests"
+        self.part(books.role).remove(books.id)
+        books.role, books.tier = role, None
+        self.part(role).add(books)
+
+    def ready(self) -> list[Books]:
+        return [*self.prefill.ready(), *self.decode.ready()]
+
+    def of_tier(self, tier: TierName | None) -> list[Books]:
+        return self.decode.of_tier(tier)

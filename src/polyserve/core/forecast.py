@@ -42,7 +42,7 @@ from polyserve.core.lengths import EDGES, GRID, LengthModel
 from polyserve.core.pending import Queue
 from polyserve.core.profile import Limits, Profile
 from polyserve.core.settings import Settings
-from polyserve.core.types import Instance, Request, RequestId, TierName
+from polyserve.core.types import Instance, Request, RequestId, Role, TierName
 
 Cause = str  # name of a test
 
@@ -122,6 +122,11 @@ class Hosts:
         self.reserves: Vector = np.array([reserve for _, reserve in tiers])
 
 
+def _candidate(job: Job, role: Role) -> Vector:
+    """The row to ask an instance of that role about."""
+    return job.prompt_row() if role is Role.PREFILL and job.link is not None else job.row()
+
+
 class Forecaster:
     """Asks `kernels.ask` of one instance, or `kernels.walk` of many, under the switches of the settings."""
 
@@ -169,7 +174,7 @@ class Forecaster:
             inst, rows, gauged = self._rest(books, without)
         kv = books.kv_tokens * (1.0 - settings.best_effort_headroom) if best_effort else books.kv_tokens
         kernels.ask(
-            books.packed, inst, rows, gauged, lengths.table, EDGES, GRID, lengths.version, job.row(),
+            books.packed, inst, rows, gauged, lengths.table, EDGES, GRID, lengths.version, _candidate(job, books.role),
             pace_s * (1.0 - reserve), kv, settings.predict_chunks, self._tests, waive or best_effort, whole, now,
             self._out[0],
         )  # fmt: skip
@@ -186,11 +191,12 @@ class Forecaster:
         least_first: bool = False,
         waive: bool = False,
         whole: bool = False,
+        role: Role = Role.MIXED,
     ) -> tuple[Books | None, list[tuple[Books, Forecast]]]:
         """The first instance of `hosts` that admits a job, and all that were asked.
 
         Within a tier the most loaded is asked first, or the least loaded. Each is asked at the tighter of its pace
-        and `pace_s`.
+        and `pace_s`. In PD, `role` is that of the fleet's instances.
         """
         settings, lengths, arena = self._settings, self._lengths, fleet.arena
         if len(self._tried) < arena.slots:
@@ -202,8 +208,8 @@ class Forecaster:
             skip[[b.slot for b in fleet if b.id in job.avoid]] = True
         admits, asked = kernels.walk(
             arena.profiles, arena.insts, arena.rows, arena.gauges, lengths.table, EDGES, GRID, lengths.version,
-            skip, hosts.codes, hosts.reserves, pace_s, job.row(), least_first, settings.predict_chunks, self._tests,
-            waive, whole, now, self._tried, self._out,
+            skip, hosts.codes, hosts.reserves, pace_s, _candidate(job, role), least_first, settings.predict_chunks,
+            self._tests, waive, whole, now, self._tried, self._out,
         )  # fmt: skip
         self.asked += asked
         first = 0 if whole else asked - 1 if admits else asked

@@ -201,10 +201,14 @@ def plan_prefill(
 
 # One resident, as a row of the books. MADE is what the forecast believes of this dispatch, SEEN what was reported since
 # the request arrived, BASE what earlier dispatches had delivered; FROM: iterations that begin before leave it out;
-# RUN: prompt tokens of the running iteration's chunk; SOLO: seconds that the prompt takes on an idle instance.
-R_PROMPT, R_LEFT, R_MADE, R_CAP, R_BAND, R_DUE, R_TPOT, R_KEY, R_BASE, R_SEEN, R_FROM, R_RUN, R_SOLO, R_COLUMNS = range(
-    14
-)
+# RUN: prompt tokens of the running iteration's chunk; SOLO: seconds that the prompt takes on an idle instance; LESS:
+# seconds of its deadline that are kept for what follows its prompt on another instance. A candidate that has nothing
+# LEFT had its prompt computed elsewhere, or will have: its KV is here SOLO seconds from now, or at FROM.
+(
+    R_PROMPT, R_LEFT, R_MADE, R_CAP, R_BAND, R_DUE, R_TPOT, R_KEY, R_BASE, R_SEEN, R_FROM, R_RUN, R_SOLO, R_LESS,
+    R_COLUMNS,
+) = range(15)  # fmt: skip
+PROMISED = -1.0  # in LEFT: a place is kept for it, and its KV is still to come
 # One instance, as the forecast sees it; then how far its books are: ENDS when the running iteration does (below 0: none
 # runs), ROLLED the time they stand at, GAUGED the version of the length table that the gauge was made with (below 0: it
 # is to be made again), PEAK of it in seconds, and its point; COUNT residents; TIER by index, or POOL or AWAY; RANK
@@ -232,7 +236,7 @@ def tally(rows: Matrix, count: int) -> tuple[int, float, int, float]:  # pragma:
         if rows[i, R_LEFT] > 0.0:
             queued += 1
             left += rows[i, R_LEFT]
-        else:
+        elif rows[i, R_LEFT] == 0.0:
             decodes += 1
             kv += rows[i, R_PROMPT] + rows[i, R_MADE]
     return decodes, kv, queued, left
@@ -384,7 +388,7 @@ def run_queue(
             waiting += 1
         elif rows[i, R_LEFT] > 0.0:
             finish[i] = inst[I_FREE]
-            if grow:
+            if grow and rows[i, R_CAP] > 1.0:
                 joined += 1.0
                 joined_kv += rows[i, R_PROMPT]
         else:
@@ -476,7 +480,7 @@ def run_queue(
                 finish[entry] = t
                 if entry == count:
                     first = t
-                if grow:
+                if grow and (candidate[R_CAP] if entry == count else rows[entry, R_CAP]) > 1.0:
                     joined += 1.0
                     joined_kv += past[i]
         while head < waiting and remaining[head] <= 0.0:
@@ -488,12 +492,28 @@ def run_queue(
 def left_s(row: Vector, due: float, at: float, now: float, margin: float) -> float:  # pragma: no cover - compiled
     """Seconds between a due time and a predicted one, less a margin for what is uncertain of the wait.
 
-    What the prompt takes on an idle instance is certain. The plain twin is `plain.left_s`.
+    What the prompt takes on an idle instance is certain, and what is kept for later is not there. The plain twin is
+    `plain.left_s`.
     """
     if at == np.inf:
         return -np.inf
     certain = row[R_SOLO] * row[R_LEFT] / row[R_PROMPT]
-    return float(due - at - margin * max(at - now - certain, 0.0))
+    return float(due - row[R_LESS] - at - margin * max(at - now - certain, 0.0))
+
+
+@njit(cache=True)
+def joins_at(
+    inst: Vector, candidate: Vector, count: int, peak: float, now: float
+) -> float:  # pragma: no cover - compiled
+    """When the first iteration begins that a candidate with its KV is in; the plain twin is `plain.joins_at`.
+
+    The running iteration's end is known. KV that comes later finds another one just begun: nobody knows where the ends
+    of those will lie.
+    """
+    there = max(candidate[R_FROM], now + candidate[R_SOLO])
+    if there <= inst[I_FREE]:
+        return float(inst[I_FREE])
+    return float(there + peak if count > 0 else there)
 
 
 @njit(cache=True)
@@ -541,10 +561,16 @@ def forecast(
     if not whole and (out[F_MEMORY] < 0.0 or out[F_SEQS] < 0.0 or out[F_PACE] < 0.0):
         return
     due, tpot = candidate[R_DUE], candidate[R_TPOT]
+    if candidate[R_LEFT] <= 0.0:
+        out[F_FIRST], out[F_TOKEN1] = joins_at(inst, candidate, count, peak, now), np.inf
+        if tests & TEST_TOKEN1 and not waive and due < np.inf:
+            out[F_TOKEN1] = due + tpot - out[F_FIRST] - peak
+        out[F_PREFILL] = out[F_QUEUED] = out[F_DECODES] = np.inf
+        return
     finish = np.empty(count + 1)
     until = np.inf
     if tests & TEST_PREFILL and not waive and not whole:
-        until = due
+        until = due - candidate[R_LESS]
     first, second, slack = run_queue(
         profile, inst, rows, count, gauged, grid, candidate, True, grow, now, until, finish
     )
@@ -554,7 +580,7 @@ def forecast(
     prefill, token1 = tests & TEST_PREFILL, tests & TEST_TOKEN1
     out[F_PREFILL] = left_s(candidate, due, first, now, margin) if prefill and not waive else np.inf
     out[F_TOKEN1] = np.inf
-    if token1 and not waive and not np.isinf(due):
+    if token1 and not waive and not np.isinf(due) and candidate[R_CAP] > 1.0:
         out[F_TOKEN1] = left_s(candidate, due + tpot, second, now, margin)
     out[F_QUEUED], out[F_DECODES] = np.inf, np.inf
     if not prefill:
@@ -611,7 +637,7 @@ def roll(
                     j -= 1
                 order[j + 1] = i
                 waiting += 1
-            else:
+            elif rows[i, R_LEFT] == 0.0:
                 decodes += 1
                 kv += rows[i, R_PROMPT] + rows[i, R_MADE]
         total, work = 0, 0.0
@@ -636,7 +662,7 @@ def roll(
         if ends_at > now or turns >= 64:
             return max(ends_at, now)
         for i in range(count):
-            if rows[i, R_LEFT] <= 0.0 and rows[i, R_MADE] + 1.0 < rows[i, R_CAP]:
+            if rows[i, R_LEFT] == 0.0 and rows[i, R_MADE] + 1.0 < rows[i, R_CAP]:
                 rows[i, R_MADE] += 1.0
         for i in range(waiting):
             rows[order[i], R_LEFT] = max(1.0, remaining[i] - chunks[i])
@@ -751,7 +777,7 @@ def clear(
 def hopeless(inst: Vector, candidate: Vector, now: float) -> bool:  # pragma: no cover - compiled
     """Whether a candidate would come last behind the prompts queued, and be late even if it took no time itself."""
     key = now if inst[I_FCFS] > 0.0 else candidate[R_DUE]
-    if inst[I_CLEAR] < 0.0 or key < inst[I_LAST]:
+    if inst[I_CLEAR] < 0.0 or key < inst[I_LAST] or candidate[R_LEFT] <= 0.0:
         return False
     return left_s(candidate, candidate[R_DUE], max(inst[I_CLEAR], now), now, inst[I_MARGIN]) < 0.0
 

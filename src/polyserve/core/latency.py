@@ -18,6 +18,7 @@ from polyserve.core.fleet import Books
 from polyserve.core.kernels import FIXED, Vector, iteration_s
 from polyserve.core.profile import Limits, Profile
 from polyserve.core.scaling import Demand
+from polyserve.core.types import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def compile_latency() -> None:
 
 
 class Predictor:
-    """Asks `latency` of one instance after the other, for one request."""
+    """Asks `latency` of one instance after the other, for one request; in PD of each what it has to do with."""
 
     def __init__(self, demand: Demand, now: float, prompt_tokens: int) -> None:
         self._now = now
@@ -73,11 +74,16 @@ class Predictor:
     def of(self, books: Books) -> Latency:
         books.roll(self._now)
         decodes, kv, queued, left = books.tally()
+        mean_prompt = 0.0 if books.role is Role.DECODE else self._mean_prompt
         ttft_s, tpot_s = latency(
             books.packed, decodes, kv, queued, left, self._prompt, _chunk(books, decodes, kv),
-            self._mean_prompt, self._mean_output,
+            mean_prompt, self._mean_output,
         )  # fmt: skip
         scale = books.scale
+        if books.role is Role.PREFILL:
+            tpot_s = 0.0
+        elif books.role is Role.DECODE:
+            ttft_s = 0.0
         return Latency(ttft_s * scale, tpot_s * scale)
 
 

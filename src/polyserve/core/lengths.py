@@ -53,6 +53,8 @@ class LengthModel:
         self._estimator = estimator
         self._ended = np.zeros((self._groups * BANDS, len(EDGES)))
         self._sum = np.zeros(self._groups * BANDS)
+        self._tokens = np.zeros(len(EDGES))  # of those that ended in each bin
+        self._expected = np.zeros(self._groups * BANDS)
         self._unlearned = 0
         self.version = 0.0  # of the table
         self.table: NDArray[np.float64] = np.zeros((self._groups * BANDS, len(EDGES), len(GRID)))
@@ -63,9 +65,15 @@ class LengthModel:
         """The table row of a request; `tier_index` None is best effort."""
         return (self._groups - 1 if tier_index is None else tier_index) * BANDS + prompt_band(prompt_tokens)
 
+    def expected(self, row: int) -> float:
+        """Output tokens that a request is expected to have, those that run still being counted among what is known."""
+        return float(self._expected[row])
+
     def ended(self, row: int, output_tokens: int) -> None:
         """Learn one finished request; takes effect at the next `refresh`."""
-        self._ended[row, _bin(output_tokens)] += 1.0
+        at = _bin(output_tokens)
+        self._ended[row, at] += 1.0
+        self._tokens[at] += output_tokens
         self._sum[row] += output_tokens
         self._unlearned += 1
 
@@ -87,11 +95,15 @@ class LengthModel:
         self._average(reached)
         if self._estimator == "average":
             self.table = self._mean_table()
+            self._expected = np.repeat(self.mean, BANDS)
         else:
-            self.table = _conditional(self._survival(self._ended, at_risk))
+            survival = self._survival(self._ended, at_risk)
+            self.table = _conditional(survival)
+            self._expected = self._means(survival)
         fade = 0.5 ** (self._unlearned / HALF_LIFE)
         self._ended *= fade
         self._sum *= fade
+        self._tokens *= fade
         self._unlearned = 0
 
     def _average(self, reached: NDArray[np.float64]) -> None:
@@ -110,6 +122,13 @@ class LengthModel:
         band = _shrunk(ended, at_risk, np.repeat(tier, BANDS, axis=0))
         survive = np.cumprod(1.0 - np.minimum(band, 1.0 - 1e-9), axis=1)
         return np.concatenate([np.ones((len(survive), 1)), survive[:, :-1]], axis=1)
+
+    def _means(self, survival: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Per row: the mean length of each bin, where nobody ended in it its middle, weighted by who ends there."""
+        middle = EDGES + 0.5 * np.diff(EDGES, append=2 * EDGES[-1])
+        means = (self._tokens + middle) / (self._ended.sum(axis=0) + 1.0)
+        ends = survival - np.concatenate([survival[:, 1:], np.zeros((len(survival), 1))], axis=1)
+        return np.asarray(ends @ means)
 
     def _mean_table(self) -> NDArray[np.float64]:
         """The paper's estimator: everybody makes exactly the tier's average (and those beyond it one more)."""

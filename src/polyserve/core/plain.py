@@ -25,7 +25,7 @@ class Resident:
     """One row of the books."""
 
     prompt: float
-    left: float  # prompt tokens still to compute; 0: decodes
+    left: float  # prompt tokens still to compute; 0: decodes; below: its KV is still to come
     made: float
     cap: float  # most output tokens
     band: int  # row of the length table
@@ -37,13 +37,14 @@ class Resident:
     since: float = 0.0  # iterations that began before leave it out
     running: float = 0.0  # prompt tokens of the running iteration's chunk
     solo: float = 0.0  # seconds of the whole prompt on an idle instance
+    less: float = 0.0  # seconds of its deadline that are kept for what follows elsewhere
 
     @staticmethod
     def of(row: Sequence[float]) -> Resident:
         return Resident(
             row[k.R_PROMPT], row[k.R_LEFT], row[k.R_MADE], row[k.R_CAP], int(row[k.R_BAND]),
             row[k.R_DUE], row[k.R_TPOT], row[k.R_KEY], row[k.R_BASE], row[k.R_SEEN], row[k.R_FROM],
-            row[k.R_RUN], row[k.R_SOLO],
+            row[k.R_RUN], row[k.R_SOLO], row[k.R_LESS],
         )  # fmt: skip
 
     @property
@@ -101,7 +102,7 @@ class Outlook:
 
 def tally(residents: Sequence[Resident]) -> tuple[int, float, int, float]:
     """Decodes and the KV they read, queued prompts and the tokens they lack."""
-    decoding, queue = [r for r in residents if r.decodes], [r for r in residents if not r.decodes]
+    decoding, queue = [r for r in residents if r.left == 0.0], [r for r in residents if not r.decodes]
     return len(decoding), sum(r.prompt + r.made for r in decoding), len(queue), sum(r.left for r in queue)
 
 
@@ -178,7 +179,8 @@ def run_queue(
     prefills = {r: Prefill(int(r.left - running[r]), int(r.prompt - r.left + running[r])) for r in queue}
     bank = _Bank.of(residents, now)
     t, made = station.free, 0
-    joined, joined_kv = (float(len(done)), sum(r.prompt for r in done)) if grow else (0.0, 0.0)
+    stays = [r for r in done if grow and r.cap > 1.0]  # the others leave with their first token
+    joined, joined_kv = float(len(stays)), sum(r.prompt for r in stays)
     while made < k.LONGEST_RUN and (queue or (candidate and outlook.second_at == math.inf)):
         if candidate and min(outlook.first_at, t) > until:
             break
@@ -203,7 +205,7 @@ def run_queue(
             outlook.finish[resident] = t
             if resident is candidate:
                 outlook.first_at = t
-            if grow:
+            if grow and resident.cap > 1.0:
                 joined, joined_kv = joined + 1.0, joined_kv + after.past
     return outlook
 
@@ -298,17 +300,22 @@ def forecast(
         for batch, kv, variance, most in zip(with_it.batch, with_it.kv, with_it.variance, with_it.most, strict=True)
     )
     peak = peak_s(profile, with_it, station.scale)
+    seqs = station.seqs - len(residents) - 1
+    if candidate.decodes:
+        at = joins_at(station, candidate, len(residents), peak, now)
+        token1 = math.inf if waive or math.isinf(candidate.due) else candidate.due + candidate.tpot - at - peak
+        free = math.inf
+        return Margins(memory, seqs, station.pace - peak, free, token1, free, free, at, peak)
     joined = run_queue(profile, station, residents, gauged, grid, candidate, grow, now, math.inf)
     prefill = left_s(candidate, candidate.due, joined.first_at, now, station.margin)
     token1 = left_s(candidate, candidate.due + candidate.tpot, joined.second_at, now, station.margin)
     if waive:
         prefill = token1 = math.inf
-    elif math.isinf(candidate.due):
+    elif math.isinf(candidate.due) or candidate.cap <= 1.0:
         token1 = math.inf
     queued, decodes = _others(profile, station, residents, gauged, grid, joined, grow, now)
     return Margins(
-        memory, station.seqs - len(residents) - 1, station.pace - peak, prefill, token1, queued, decodes,
-        joined.first_at, peak,
+        memory, seqs, station.pace - peak, prefill, token1, queued, decodes, joined.first_at, peak,
     )  # fmt: skip
 
 
@@ -348,7 +355,18 @@ def left_s(resident: Resident, due: float, at: float, now: float, margin: float)
     if at == math.inf:
         return -math.inf
     certain = resident.solo * resident.left / resident.prompt
-    return due - at - margin * max(at - now - certain, 0.0)
+    return due - resident.less - at - margin * max(at - now - certain, 0.0)
+
+
+def joins_at(station: Station, candidate: Resident, count: int, peak: float, now: float) -> float:
+    """When the first iteration begins that a candidate with its KV is in.
+
+    KV that comes after the running iteration finds another one just begun.
+    """
+    there = max(candidate.since, now + candidate.solo)
+    if there <= station.free:
+        return station.free
+    return there + peak if count else there
 
 
 def roll(profile: Profile, station: Station, residents: Sequence[Resident], ends_at: float, now: float) -> float:
@@ -361,7 +379,7 @@ def roll(profile: Profile, station: Station, residents: Sequence[Resident], ends
         # An iteration leaves out who joined while it ran: such a row is `since` its end.
         taken = [r for r in residents if ends_at < 0.0 or r.since < ends_at or (turn > 0 and r.since == ends_at)]
         queue = sorted((r for r in taken if not r.decodes), key=lambda r: r.key)
-        decoding = [r for r in residents if r.decodes]
+        decoding = [r for r in residents if r.left == 0.0]
         kv = sum(r.prompt + r.made for r in decoding)
         waiting = [Prefill(int(r.left), int(r.prompt - r.left)) for r in queue]
         bound = math.inf if station.kind == k.FIXED or not decoding else station.pace
@@ -468,7 +486,8 @@ def pick(
     for at, (candidate, late) in enumerate(queue):
         waive = late or now > candidate.due
         last = all(candidate.key >= r.key for r in there)
-        hopeless = last and left_s(candidate, candidate.due, max(ends, now), now, station.margin) < 0.0
+        late_s = left_s(candidate, candidate.due, max(ends, now), now, station.margin)
+        hopeless = last and not candidate.decodes and late_s < 0.0
         if not (hopeless and not waive):
             margins = forecast(
                 place.profile, station, place.residents, table, edges, grid, candidate, grow=grow, waive=waive, now=now

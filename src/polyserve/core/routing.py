@@ -31,6 +31,7 @@ class Placement:
     takes: bool = False  # the instance changes to the job's tier, or to `label`
     evicts: tuple[RequestId, ...] = ()
     label: TierName | None = None
+    then: Placement | None = None  # in PD: the place that is kept for the answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from polyserve.core.bound import instance_rate
+from polyserve.core.bound import answer_rate, instance_rate, prompt_rate
 from polyserve.core.fleet import Books, Fleet, State
+from polyserve.core.lengths import LengthModel
 from polyserve.core.profile import Profile
 from polyserve.core.settings import Settings
-from polyserve.core.types import Tier, TierName
+from polyserve.core.types import Role, Tier, TierName
 
 # Long enough that Poisson noise of a slow tier does not move instances, short enough to follow a change of mix.
 MEMORY_S = 30.0
@@ -41,6 +42,7 @@ class _Seen:
     ended: float = 0.0
     output: float = 0.0
     context: float = 0.0  # sum of output * mean context while it was made
+    bands: dict[int, float] = field(default_factory=dict)  # in PD: arrivals by row of the length table
     admitted: float = 0.0
 
     def fade(self, factor: float) -> None:
@@ -50,15 +52,20 @@ class _Seen:
         self.ended *= factor
         self.output *= factor
         self.context *= factor
+        for row in self.bands:
+            self.bands[row] *= factor
         self.admitted *= factor
 
 
 class Demand:
     """What arrives, per tier, decayed."""
 
-    def __init__(self, tiers: Sequence[Tier], prior_output: int) -> None:
+    def __init__(self, tiers: Sequence[Tier], prior_output: int, lengths: LengthModel | None = None) -> None:
+        """`lengths` is given in PD."""
+        self._lengths = lengths
         self._tiers = list(tiers)
         self._seen = {tier.name: _Seen() for tier in tiers}
+        self._rank = {tier.name: i for i, tier in enumerate(tiers)}
         self._prior_output = float(prior_output)
         self._since: float | None = None
         self._faded_at = 0.0
@@ -77,6 +84,9 @@ class Demand:
         seen.arrivals += weight
         seen.prompt += weight * prompt_tokens
         seen.prompt_square += weight * prompt_tokens * prompt_tokens
+        if self._lengths is not None:
+            row = self._lengths.row(self._rank[tier], prompt_tokens)
+            seen.bands[row] = seen.bands.get(row, 0.0) + weight
 
     def admitted(self, tier: TierName) -> None:
         self._seen[tier].admitted += 1.0
@@ -144,7 +154,7 @@ class Demand:
         return rate * cost_s
 
     def seconds_per_request(self, tier: Tier, profile: Profile) -> float:
-        """Instance-seconds that one request of the tier costs at the fluid optimum."""
+        """Instance-seconds that one request of the tier costs at the fluid optimum; in PD: its answer."""
         seen = self._seen[tier.name]
         if seen.arrivals <= 0.0:
             return 0.0
@@ -154,8 +164,24 @@ class Demand:
         prior_context = weight * self._prior_output * (prompt + 0.5 * self._prior_output)
         context = (seen.context + prior_context) / (seen.output + weight * self._prior_output)
         attention = 0.5 * seen.prompt_square / seen.arrivals
+        if self._lengths is not None:
+            # Tiers share what error there is, roles do not: while a load is young those that have ended are the short
+            # ones, and the length model knows of the others.
+            output = sum(count * self._lengths.expected(row) for row, count in seen.bands.items()) / seen.arrivals
+            answered = answer_rate(profile, output, prompt + 0.5 * (output + 1), tier.tpot_s)
+            return 1.0 / answered if answered > 0.0 else 0.0
         served = instance_rate(profile, prompt, output, context, attention, tier.tpot_s)
         return 1.0 / served if served > 0.0 else 0.0
+
+    def prefill_need(self, now: float, profile: Profile) -> float:
+        """In PD: instances that the prompts of all tiers occupy."""
+        need = 0.0
+        for tier in self._tiers:
+            seen = self._seen[tier.name]
+            if seen.arrivals >= IDLE_ARRIVALS:
+                prompt, attention = seen.prompt / seen.arrivals, 0.5 * seen.prompt_square / seen.arrivals
+                need += self.rate(now, tier.name) / prompt_rate(profile, prompt, attention)
+        return need
 
 
 def shares(
@@ -234,6 +260,7 @@ class Plan:
     assign: list[tuple[Books, TierName | None]]
     start: int
     stop: list[Books]
+    roles: list[tuple[Books, Role]] = field(default_factory=list)  # in PD: whom to give another one
 
 
 class Scaler:
@@ -257,12 +284,22 @@ class Scaler:
         floors = sum(tier.min_instances for tier in self._tiers)
         return max(self._settings.min_instances, floors) if self.elastic else 0
 
+    @property
+    def _sized(self) -> bool:
+        """Whether demand says how many instances there should be of what."""
+        return self._settings.sizing == "demand"
+
+    @property
+    def total(self) -> int:
+        """Instances that all should be together."""
+        return sum(self.wanted.values())
+
     def look(self, now: float, waiting: Sequence[TierName], starting: int) -> Plan:
         """One look: `waiting` tiers have pending requests, `starting` instances are on their way."""
         plan = Plan([], 0, [])
         ready = self._fleet.ready()
         self._demand.fade(now)
-        if self._settings.sizing == "demand" and ready:
+        if self._sized and ready:
             self._size(now, ready, plan)
         self._release_tails(plan)
         if self.elastic:
@@ -344,7 +381,7 @@ class Scaler:
         have = len(ready) + starting
         wanted = self.least
         if settings.predictive and settings.sizing == "demand":
-            wanted = max(wanted, sum(self.wanted.values()))
+            wanted = max(wanted, self.total)
         pool = len(self._fleet.of_tier(None))
         if waiting and pool == 0:
             wanted = max(wanted, len(ready) + len(waiting))  # one each, those already starting counted
@@ -358,7 +395,7 @@ class Scaler:
             return
         wanted = self.least
         if settings.predictive and settings.sizing == "demand":
-            wanted = max(wanted, sum(self.wanted.values()))
+            wanted = max(wanted, self.total)
         taken = {books.id for books, _ in plan.assign}
         left = len(ready)
         for books in self._fleet.of_tier(None):

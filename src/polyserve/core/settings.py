@@ -76,6 +76,13 @@ class Settings:
     target_requests: float = 64.0  # of `queue`: running and waiting requests that one instance should have
     scale_down_s: float = 60.0  # of `queue`: fewer instances only when so long no more were needed
 
+    # Prompts on some instances, answers on others (PD).
+    disaggregated: bool = False
+    kv_bandwidth: float = 40e9  # bytes/s from a prefill to a decode instance: four fifths of a 400 Gb/s link
+    kv_latency_s: float = 0.002  # of one hand-over, beside its bytes: asking for blocks, and the news
+    promise: bool = True  # a place for the answer is kept from the dispatch on; off: found when the prompt is done
+    follow_split: bool = True  # instances change role as the load asks for it; off: only where a role has died out
+
     # Of single baselines (`docs/policies.md`).
     static_sizes: str = ""  # `static`: instances per tier, tightest first: 3,4,6,7; empty: the same for all
     balance: Literal["least-requests", "round-robin"] = "least-requests"  # `static`, `shared-slack`: among equals
@@ -132,6 +139,8 @@ def _checked(name: str, value: object, hint: Any) -> Any:
         raise SettingError(f"setting {name!r} is {kind}, not {value!r}") from None
     if name == "target_requests" and number == 0:
         raise SettingError("setting 'target_requests' is above 0: requests that one instance should have")
+    if name == "kv_bandwidth" and number == 0:
+        raise SettingError("setting 'kv_bandwidth' is above 0: bytes per second from one instance to another")
     if not 0 <= number < float("inf"):
         raise SettingError(f"setting {name!r} is finite and not negative, not {value!r}")
     return number
@@ -160,6 +169,9 @@ def _sizes(value: object) -> str:
 
 _CHECKS: dict[str, Callable[[object], str]] = {"router": _router, "static_sizes": _sizes}
 
+# In PD a baseline takes the split as it is, and picks who answers by what it sees when the prompt is done.
+_KEPT: dict[str, Any] = {"promise": False, "follow_split": False}
+
 POLICIES: dict[str, Settings] = {
     "polyserve": Settings(),
     # The paper as written: averages, strict pace, most loaded, never refuse, scaling by pending alone. Whether a head
@@ -178,8 +190,8 @@ POLICIES: dict[str, Settings] = {
         keep_warm_s=0.0,
         best_effort=False,
     ),
-    **{name: Settings(router=name, on_late="never", autoscaler="queue") for name in BASELINES},
-    "static": Settings(router="static", on_late="never", autoscaler="off", chunk_bound="slack"),
+    **{name: Settings(router=name, on_late="never", autoscaler="queue", **_KEPT) for name in BASELINES},
+    "static": Settings(router="static", on_late="never", autoscaler="off", chunk_bound="slack", **_KEPT),
     "shared-slack": Settings(
         router="shared-slack",
         on_late="never",
@@ -187,8 +199,9 @@ POLICIES: dict[str, Settings] = {
         balance="round-robin",
         chunk_bound="slack",
         relegate=True,
+        **_KEPT,
     ),
-    "single-slo": Settings(router="single-slo", on_late="refuse", autoscaler="queue"),
+    "single-slo": Settings(router="single-slo", on_late="refuse", autoscaler="queue", follow_split=False),
 }
 
 
@@ -230,7 +243,7 @@ def policy(name: str, values: dict[str, object] | None = None) -> Settings:
         own = getattr(outside(name), "settings", {})
         if not isinstance(own, dict):
             raise SettingError(f"policy {name!r}: its `settings` is a dict of setting and value, not {own!r}")
-        base = Settings(router=name, on_late="never", autoscaler="queue").replaced(own)
+        base = Settings(router=name, on_late="never", autoscaler="queue", **_KEPT).replaced(own)
     elif name in POLICIES:
         base = POLICIES[name]
     else:

@@ -165,6 +165,20 @@ class Progressed:
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
+    """A dispatch has given its first token. On a prefill instance the KV is then there to be handed over.
+
+    Of a request that ends with this token a prefill instance sends `Finished` alone.
+    """
+
+    at: float
+    request: RequestId
+    instance: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """The KV that a `HandOver` sent has arrived: the request goes on here, and its source is free of it."""
+
     at: float
     request: RequestId
     instance: InstanceId
@@ -259,6 +273,7 @@ Event = (
     | Cancelled
     | Progressed
     | FirstToken
+    | Received
     | Finished
     | Preempted
     | Broken
@@ -285,6 +300,23 @@ class Dispatch:
     slo: Slo | None  # as binned: what the engine is told
     resume_from: int = 0
     predicted_ttft_s: float | None = None
+
+    @property
+    def promoted(self) -> bool:
+        """Whether the request is a guest on another tier's instance."""
+        return self.tier is not None and self.host is not None and self.host != self.tier
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """Send the KV of a request whose first token was made to the instance that makes the others."""
+
+    request: RequestId
+    source: InstanceId  # where the KV lies
+    instance: InstanceId
+    tier: TierName | None  # as in `Dispatch`
+    host: TierName | None
+    slo: Slo | None
 
     @property
     def promoted(self) -> bool:
@@ -349,6 +381,14 @@ class Assign:
 
 
 @dataclass(frozen=True, slots=True)
+class SetRole:
+    """An instance that holds nothing computes prompts, or answers, from now on."""
+
+    instance: InstanceId
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
 class SetPace:
     """The bound an engine with a dynamic chunk keeps its iterations in."""
 
@@ -356,4 +396,4 @@ class SetPace:
     pace_s: float
 
 
-Action = Dispatch | Refuse | Cancel | Evict | Start | Drain | Stop | Assign | SetPace
+Action = Dispatch | HandOver | Refuse | Cancel | Evict | Start | Drain | Stop | Assign | SetRole | SetPace

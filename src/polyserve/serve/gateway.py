@@ -31,6 +31,7 @@ from polyserve.core.types import (
     Evict,
     Failed,
     FirstToken,
+    HandOver,
     Instance,
     InstanceId,
     Joined,
@@ -40,6 +41,7 @@ from polyserve.core.types import (
     Refuse,
     Request,
     SetPace,
+    SetRole,
     Slo,
     Start,
     Stop,
@@ -164,6 +166,8 @@ class Gateway:
                 self._spawn(self._stop(action.instance))
             case Drain() | Assign() | SetPace():
                 self._tell_node(action)
+            case HandOver() | SetRole():
+                raise AssertionError("the configuration has no PD")
             case _:
                 assert_never(action)
 

@@ -16,7 +16,7 @@ import numpy as np
 from polyserve.core import bound
 from polyserve.core.profile import Profile
 from polyserve.core.settings import EngineWish, SettingError, Settings, engine_wish, policy
-from polyserve.core.types import ChunkRule, InstanceId, RequestId, Slo, Tier, to_microsecond
+from polyserve.core.types import ChunkRule, InstanceId, RequestId, Role, Slo, Tier, to_microsecond
 from polyserve.demand import Arrivals, Bools, DemandError, Ints, Workload, draw_requests
 from polyserve.journal import JournalWriter
 from polyserve.profiles.store import load, shipped_names
@@ -64,6 +64,13 @@ class Scenario:
     lost_instances: int = 0
     leaving: float = 0.0  # share of clients that go before their answer's end
     failing_starts: float = 0.0
+    # Instances that compute prompts, the others answer (PD); auto: as many as the policy finds right, where it says
+    # how many (`follow_split`), else as many as serve the most requests of this kind. None: all do both.
+    pd: int | Literal["auto"] | None = None
+
+    @property
+    def disaggregated(self) -> bool:
+        return self.pd is not None
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,8 @@ def prepare(scenario: Scenario) -> Prepared:
         start_up_s=scenario.start_up_s,
         faults=faults(scenario, workload, window),
     )
+    if scenario.disaggregated:
+        spec = _split(spec, scenario, mixes)
     own = spec.profile
     alike = bool(mixes) and not others  # a fleet of several kinds has no bound here
     facts = Facts(
@@ -133,16 +142,49 @@ def prepare(scenario: Scenario) -> Prepared:
         instances=instances + sum(count for _, count in others),
         settings=dict(scenario.values),
         infeasible=workload.infeasible,
-        optimal_rate=bound.optimal_rate(own, instances, mixes) if alike else None,
-        strict_optimal_rate=bound.optimal_rate(own, instances, mixes, strict=True) if alike else None,
-        ceiling=bound.ceiling(own, mixes) if alike else None,
+        optimal_rate=_optimal_rate(scenario, own, instances, mixes) if alike else None,
+        strict_optimal_rate=_optimal_rate(scenario, own, instances, mixes, strict=True) if alike else None,
+        ceiling=(bound.split_ceiling if scenario.disaggregated else bound.ceiling)(own, mixes) if alike else None,
         other_bounds={
-            name: bound.optimal_rate(_true(scenario, load(name)), instances, mixes)
+            name: _optimal_rate(scenario, _true(scenario, load(name)), instances, mixes)
             for name in _siblings(scenario.profile)
             if alike
         },
     )
     return Prepared(scenario, spec, window, facts)
+
+
+def _optimal_rate(
+    scenario: Scenario, profile: Profile, instances: float, mixes: Sequence[bound.TierMix], *, strict: bool = False
+) -> float:
+    """The fluid optimum; in PD no iteration is mixed, so that the strict one is the same."""
+    if scenario.disaggregated:
+        return bound.split_rate(profile, instances, mixes)
+    return bound.optimal_rate(profile, instances, mixes, strict=strict)
+
+
+def _split(spec: SimulationSpec, scenario: Scenario, mixes: Sequence[bound.TierMix]) -> SimulationSpec:
+    """The same fleet in PD: some instances compute prompts and the others answer."""
+    prompts = scenario.pd
+    if prompts == "auto":
+        if spec.settings.follow_split:
+            return spec
+        needs = bound.split_needs(spec.believed or spec.profile, mixes) if mixes else None
+        if needs is None:
+            raise SettingError("pd: no split is known to be best; say how many of the instances compute prompts")
+        prompts = bound.best_split(spec.instances, needs.prefill, needs.decode)
+    assert isinstance(prompts, int)
+    first = dataclasses.replace(spec, instances=prompts, role=Role.PREFILL)
+    answers = dataclasses.replace(first.groups[0], count=scenario.instances - prompts, role=Role.DECODE)
+    return dataclasses.replace(first, others=(answers,))
+
+
+def _link(scenario: Scenario, profile: Profile) -> tuple[float, float] | None:
+    """What handing KV over takes, to begin with and per token; None where nothing is handed over."""
+    if not scenario.disaggregated:
+        return None
+    settings = _settings(scenario)
+    return settings.kv_latency_s, profile.kv_bytes_per_token / settings.kv_bandwidth
 
 
 def evaluate(
@@ -180,7 +222,7 @@ def draw(scenario: Scenario, profiles: Sequence[Profile], warm_up_s: float) -> W
         trace,
         duration_s=duration_s,
         ttfts=scenario.ttfts,
-        feasible=partial(feasible, profiles),
+        feasible=partial(feasible, profiles, link=_link(scenario, profiles[0])),
         arrivals=scenario.arrivals,
         best_effort=scenario.best_effort,
         seed=scenario.seed,
@@ -191,7 +233,7 @@ def draw(scenario: Scenario, profiles: Sequence[Profile], warm_up_s: float) -> W
         sample = at_rate(rate=1.0, duration_s=max(10_000.0, len(trace)), tpots=scenario.tpots)
         if scenario.others:
             raise DemandError("a fleet of several profiles wants a rate in requests per second")
-        optimal = bound.optimal_rate(profiles[0], scenario.instances, sample.mixes())
+        optimal = _optimal_rate(scenario, profiles[0], scenario.instances, sample.mixes())
         if optimal <= 0:
             raise DemandError(f"profile {scenario.profile} cannot hold every pace asked for, so there is no optimum")
         rate = scenario.of_optimal * optimal / (1.0 - scenario.best_effort)
@@ -205,9 +247,18 @@ def draw(scenario: Scenario, profiles: Sequence[Profile], warm_up_s: float) -> W
     return workload
 
 
-def feasible(profiles: Sequence[Profile], prompts: Ints, outputs: Ints, slo: Slo) -> Bools:
-    """Which requests an idle instance of one of the profiles, with a dynamic chunk, would serve in time."""
-    each = [bound.feasible(profile, ChunkRule(), prompts, outputs, slo) for profile in profiles]
+def feasible(
+    profiles: Sequence[Profile],
+    prompts: Ints,
+    outputs: Ints,
+    slo: Slo,
+    link: tuple[float, float] | None = None,
+) -> Bools:
+    """Which requests an idle instance of one of the profiles, with a dynamic chunk, would serve in time.
+
+    In PD with another one, over a `link` as `bound.feasible` takes it.
+    """
+    each = [bound.feasible(profile, ChunkRule(), prompts, outputs, slo, link) for profile in profiles]
     anybody: Bools = np.logical_or.reduce(each)
     return anybody
 
@@ -283,13 +334,34 @@ def _check(scenario: Scenario) -> None:
 
 
 def _settings(scenario: Scenario) -> Settings:
-    settings = policy(scenario.policy, {"start_up_s": scenario.start_up_s, **scenario.values})
+    values = {"start_up_s": scenario.start_up_s, "disaggregated": scenario.disaggregated, **scenario.values}
+    settings = policy(scenario.policy, values)
+    if settings.disaggregated != scenario.disaggregated:
+        raise SettingError("disaggregated is not set by itself: say pd, and how many instances compute prompts")
+    if settings.disaggregated:
+        _check_split(scenario, settings)
     most, least = settings.max_instances, settings.min_instances
     if most and most < scenario.instances:
         raise SettingError(f"max-instances {most} is less than the {scenario.instances} instances at the start")
     if most and least > most:
         raise SettingError(f"min-instances {least} is more than max-instances {most}")
     return settings
+
+
+def _check_split(scenario: Scenario, settings: Settings) -> None:
+    if scenario.instances < 2:
+        raise SettingError(f"pd: wants at least 2 instances, one of each role, not {scenario.instances}")
+    if scenario.pd != "auto" and not (isinstance(scenario.pd, int) and 0 < scenario.pd < scenario.instances):
+        raise SettingError(
+            f"pd: auto, or 1 to {scenario.instances - 1} of the {scenario.instances} instances, not {scenario.pd}"
+        )
+    if scenario.others:
+        raise SettingError("pd: wants instances of one profile")
+    if settings.max_instances and settings.autoscaler != "own":
+        raise SettingError(
+            f"pd: autoscaler {settings.autoscaler!r} cannot say which role lacks instances; leave max-instances out, "
+            "or take policy polyserve"
+        )
 
 
 def _warm_up_s(scenario: Scenario) -> float:

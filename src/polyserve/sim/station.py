@@ -12,13 +12,14 @@ from polyserve.sim.engine import Engine
 class Stream:
     """A request under way, from its client's end."""
 
-    __slots__ = ("dispatches", "due_there_at", "instance", "outcome", "output_tokens", "request")
+    __slots__ = ("dispatches", "due_there_at", "instance", "outcome", "output_tokens", "request", "source")
 
     def __init__(self, request: Request, output_tokens: int) -> None:
         self.request = request
         self.output_tokens = output_tokens
         self.outcome = Outcome(request.id, request.arrived_at, request.prompt_tokens, request.slo)
         self.instance: InstanceId | None = None
+        self.source: InstanceId | None = None  # where its KV lies, or comes from, that another is to have
         self.due_there_at = -math.inf  # when the last dispatch reaches its engine
         self.dispatches = 0  # how often it was sent somewhere: what arrives late is known to be stale
 
@@ -38,20 +39,27 @@ class Stream:
 class Station:
     """One simulated instance."""
 
-    __slots__ = ("engine", "floor_s", "id", "joined_at", "looked", "pace_s", "residents", "tier")
+    __slots__ = ("engine", "floor_s", "id", "joined_at", "looked", "pace_s", "residents", "role", "sending", "tier")
 
     def __init__(self, engine: Engine, floor_s: float, now: float) -> None:
         self.id = engine.instance.id
         self.engine = engine
         self.floor_s = floor_s  # what an iteration of one lone decode takes
         self.joined_at = now
+        self.role = engine.instance.role
         self.residents: dict[RequestId, Stream] = {}
+        self.sending: dict[RequestId, Stream] = {}  # those whose KV lies here, or is on its way from here
         self.tier: TierName | None = None
         self.pace_s: float | None = None
         self.looked = (now, 0.0, 0)  # at the last look: the time, seconds busy and iterations by then
 
     def __repr__(self) -> str:
         return f"<station of {self.engine}>"
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody's KV is here or on its way from here."""
+        return not self.residents and not self.sending
 
     def load(self, now: float, tightest_s: float) -> float:
         """The largest share taken since the last look of what an instance has to give: pace, memory, seats.

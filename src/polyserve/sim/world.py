@@ -4,6 +4,10 @@ The controller sees what a gateway sees (`sim/sight.py`): first tokens, ends, an
 instance at most every 50 ms, all of them `lag_s` old; its dispatches take `network_s` to arrive. With
 perfect sight it hears of every iteration at once, prompts included. What a client gets is judged by the
 engines' own times, token by token, whatever the controller knew.
+
+In PD an engine that computes prompts gets each request for one token. A hand-over takes what the settings say of the
+link, whatever else is on its way; the KV then waits for its seat and blocks on the engine that answers, and where it
+comes from its blocks were free since the first token. Both are kind to whoever crowds the links or the memory.
 """
 
 from __future__ import annotations
@@ -32,14 +36,18 @@ from polyserve.core.types import (
     Failed,
     Finished,
     FirstToken,
+    HandOver,
     InstanceId,
     Joined,
     Lost,
     Preempted,
     Ready,
+    Received,
     Refuse,
     RequestId,
+    Role,
     SetPace,
+    SetRole,
     Start,
     Stop,
     Tick,
@@ -84,6 +92,11 @@ class Counts:
         self.forced_chunks += engine.forced_chunks
 
 
+def _label(role: Role) -> str | None:
+    """What an instance without a tier is called in a picture."""
+    return "prefill" if role is Role.PREFILL else None
+
+
 class World:
     """Runs one simulation."""
 
@@ -100,6 +113,7 @@ class World:
         self._on_look = on_look
         self._bank = Bank(sum(group.count for group in spec.groups) or 1)
         self._sight = SIGHTS[spec.sight]
+        self._kv_bytes = max(group.profile.kv_bytes_per_token for group in spec.groups)
         self._tightest_s = min(tier.tpot_s for tier in spec.tiers)
         self._stations: dict[InstanceId, Station] = {}
         self._in_row: dict[int, Station] = {}
@@ -165,6 +179,9 @@ class World:
         for request, stream in self._live.items():
             known = request in holders or request in self.controller.pending
             under_way = stream.due_there_at > self.loop.now or stream.instance in self._unheard
+            under_way |= stream.source is not None and (
+                stream.source in self._stations or stream.source in self._unheard
+            )
             assert known or under_way, f"the core has forgotten {request}"
         unfinished = [o.request for o in self._outcomes if o.ending == "unfinished"]
         assert sorted(unfinished) == sorted(self._live), "a request was lost, or answered twice"
@@ -226,27 +243,33 @@ class World:
         match action:
             case Dispatch():
                 self._dispatch(action)
+            case HandOver():
+                self._hand_over(action)
             case Refuse():
                 self._answer(self._live[action.request], "refused", action.code)
             case Cancel() | Evict():
                 self._take_off(action.request, action.instance)
             case Start():
                 self.loop.at(self.loop.now, Rank.INSTANCE, self._start, action.instance)
-            case Stop() | Assign() | SetPace():
+            case Stop() | Assign() | SetRole() | SetPace():
                 # One that died is not there any more, though the core has yet to hear of it.
                 if station := self._stations.get(action.instance):
                     self._tell(station, action)
             case Drain():
                 self._draining.add(action.instance)  # the core sends nobody there any more, and says Stop
 
-    def _tell(self, station: Station, action: Stop | Assign | SetPace) -> None:
+    def _tell(self, station: Station, action: Stop | Assign | SetRole | SetPace) -> None:
         match action:
             case Stop():
-                assert not station.residents, f"{station} was stopped with residents"
+                assert station.idle, f"{station} was stopped with residents"
                 self._remove(station)
             case Assign():
                 station.tier = action.tier
                 self._labels.append((self.loop.now, station.id, action.tier))
+            case SetRole():
+                assert station.idle, f"{station} changed its role with residents"
+                station.role, station.tier = action.role, None
+                self._labels.append((self.loop.now, station.id, _label(action.role)))
             case SetPace():
                 station.pace_s = action.pace_s
                 station.engine.set_pace(action.pace_s)
@@ -283,6 +306,7 @@ class World:
 
     def _dispatch(self, action: Dispatch) -> None:
         stream, loop, network_s = self._live[action.request], self.loop, self.spec.network_s
+        self._keep_nothing(stream)
         stream.instance = stream.outcome.instance = action.instance
         if action.host != action.tier and action.promoted:
             stream.outcome.promoted = True
@@ -298,12 +322,59 @@ class World:
         request = stream.request
         # What the client has got is known exactly here; the core's count is as old as its last report.
         delivered = stream.outcome.output_tokens
+        wanted = delivered + 1 if station.role is Role.PREFILL else stream.output_tokens
         station.engine.submit(
-            self.loop.now,
-            Job(request.id, request.prompt_tokens, stream.output_tokens, action.slo, request.arrived_at, delivered),
+            self.loop.now, Job(request.id, request.prompt_tokens, wanted, action.slo, request.arrived_at, delivered)
         )
         station.residents[request.id] = stream
         self._bank.wake(station.engine.row)
+
+    def _hand_over(self, action: HandOver) -> None:
+        stream, settings = self._live[action.request], self.spec.settings
+        self._keep_nothing(stream)
+        stream.instance = stream.outcome.instance = action.instance
+        stream.outcome.promoted |= action.promoted
+        stream.dispatches += 1
+        held = stream.request.prompt_tokens + stream.outcome.output_tokens - 1
+        moved_s = settings.kv_latency_s + held * self._kv_bytes / settings.kv_bandwidth
+        stream.due_there_at = self.loop.now + self.spec.network_s + moved_s
+        stream.source = action.source
+        if (source := self._stations.get(action.source)) is not None:
+            source.sending[action.request] = stream
+            self.loop.at(stream.due_there_at, Rank.DELIVERY, self._receive, (stream, action, stream.dispatches))
+
+    def _receive(self, sent: tuple[Stream, HandOver, int]) -> None:
+        stream, action, dispatches = sent
+        station = self._stations.get(action.instance)
+        if stream.dispatches != dispatches or stream.request.id not in self._live:
+            return  # the client has gone, or the source, or it was sent elsewhere; the core hears of that
+        self._keep_nothing(stream)
+        if station is None:
+            return
+        request = stream.request
+        job = Job(
+            id=request.id,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=stream.output_tokens,
+            slo=action.slo,
+            arrived_at=request.arrived_at,
+            resume_from=stream.outcome.output_tokens,
+            brings_kv=True,
+        )
+        station.engine.submit(self.loop.now, job)
+        station.residents[request.id] = stream
+        self._bank.wake(station.engine.row)
+        received = Received(self.loop.now, request.id, station.id)
+        if self.spec.lag_s > 0:
+            self.loop.at(self.loop.now + self.spec.lag_s, Rank.SIGHT, self._see, [received])
+        else:
+            self._step(received)
+
+    def _keep_nothing(self, stream: Stream) -> None:
+        """No instance has KV of the request to send any more."""
+        if stream.source is not None and (source := self._stations.get(stream.source)) is not None:
+            source.sending.pop(stream.request.id, None)
+        stream.source = None
 
     def _take_off(self, request: RequestId, instance: InstanceId) -> None:
         """Stop computing a request; what its client has got by now stays."""
@@ -312,6 +383,7 @@ class World:
             station.part(stream)
             station.engine.cancel(self.loop.now, request)
         if (stream := self._live.get(request)) and stream.instance == instance:
+            self._keep_nothing(stream)
             stream.instance = None
             stream.dispatches += 1
 
@@ -319,6 +391,7 @@ class World:
         assert stream.outcome.ending == "unfinished", f"{stream.request.id} is answered twice"
         stream.outcome.ending = ending
         stream.outcome.code = code
+        self._keep_nothing(stream)
         del self._live[stream.request.id]
         if not self._live and self._arrived == len(self.spec.requests):
             self.loop.stop()
@@ -344,6 +417,8 @@ class World:
         )
         station = Station(engine, group.profile.iteration_s(0, 1, 0), now)
         self._stations[instance] = self._in_row[engine.row] = station
+        if station.role is not Role.MIXED:
+            self._labels.append((now, instance, _label(station.role)))
         self._step(Joined(now, engine.instance))
 
     def _ready(self, instance: InstanceId) -> None:
@@ -359,6 +434,8 @@ class World:
         if station := self._stations.get(instance):
             for stream in list(station.residents.values()):
                 station.part(stream)
+            for stream in list(station.sending.values()):
+                stream.dispatches += 1  # what is on its way is lost
             self._remove(station)
             self._unheard.add(instance)
             self.loop.at(self.loop.now + self.spec.lag_s, Rank.LOSS, self._see_loss, Lost(self.loop.now, instance))
@@ -390,7 +467,7 @@ class World:
             return False
         quiet = (
             self._sight == turns.BLIND and not self.spec.lag_s and not self._draining and not self.controller.pending
-        )
+        ) and not self.spec.settings.disaggregated
         told = bank.advance(
             loop.now,
             time,
@@ -426,10 +503,17 @@ class World:
                 stream = station.residents.pop(request)
                 if request in self._live:
                     stream.take(int(output_tokens), worst_lateness_s, first_token_at, at)
+                    if output_tokens < stream.output_tokens:  # the rest is made elsewhere
+                        stream.source = station.id
+                        station.sending[request] = stream
+                        continue
                     self._answer(stream, "finished")
                     seen.append(Finished(at, request, station.id, int(output_tokens)))
             elif kind == turns.FIRST_TOKEN:
-                seen.append(FirstToken(at, station.engine.name(int(slot)), station.id))
+                request = station.engine.name(int(slot))
+                alone = output_tokens >= station.residents[request].output_tokens  # and its end is told at once
+                if station.role is not Role.PREFILL or not alone:
+                    seen.append(FirstToken(at, request, station.id))
             else:
                 request = station.engine.name(int(slot))
                 station.residents[request].outcome.preemptions += 1
@@ -446,7 +530,8 @@ class World:
         now = self.loop.now
         for station in self._stations.values():
             load = station.load(now, self._tightest_s)
-            self._looks.append(Look(now, station.id, station.tier, station.engine.residents, load))
+            tier = station.tier or _label(station.role)
+            self._looks.append(Look(now, station.id, tier, station.engine.residents, load))
         if self._on_look is not None:
             self._on_look(now, self._arrived)
         self.loop.at(now + every, Rank.SAMPLE, self._look, every)
