@@ -48,24 +48,13 @@ def draw_loads(looks: Iterable[Look], tiers: Sequence[TierName], path: str | Pat
     In the upper panel a tier is a band as high as it has instances, its fullest on top: a gradient fades downwards.
     In the lower one a row is one instance for good, so that its changes of tier can be followed.
     """
-    by_time: dict[float, list[Look]] = defaultdict(list)
-    for look in looks:
-        by_time[look.at].append(look)
-    times = sorted(by_time)
-    if not times:
-        raise PlotError("nothing to draw: the run was too short for a single look")
-    instances = sorted({look.instance for at in times for look in by_time[at]}, key=_natural)
-    by_rank = carpet([ranked(by_time[at], tiers) for at in times], len(instances), tiers)
+    moments, instances = _moments(looks)
     rows = {instance: row for row, instance in enumerate(instances)}
-    by_instance = carpet([_placed(by_time[at], rows) for at in times], len(instances), tiers)
-
     height = min(max(0.16 * len(instances), 1.6), 6.0)
     figure = Figure(figsize=(11, 2 * height + 2.0), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    extent = (times[0], times[-1], len(instances) - 0.5, -0.5)
-    for axes, picture in ((upper, by_rank), (lower, by_instance)):
-        axes.imshow(picture, extent=extent, aspect="auto", interpolation="nearest")
-        axes.spines[["top", "right"]].set_visible(False)
+    _paint(upper, [ranked(moment, tiers) for moment in moments.values()], list(moments), len(instances), tiers)
+    _paint(lower, [_placed(moment, rows) for moment in moments.values()], list(moments), len(instances), tiers)
     upper.set_title("Ranked by load within each tier", loc="left", fontsize=10)
     upper.set_ylabel("instances")
     upper.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -75,6 +64,38 @@ def draw_loads(looks: Iterable[Look], tiers: Sequence[TierName], path: str | Pat
     _legend(figure, tiers)
     figure.suptitle(_title(facts), x=0.01, ha="left", fontsize=12, fontweight="bold")
     figure.savefig(path, dpi=130)
+
+
+def draw_ranked(axes: Axes, looks: Iterable[Look], tiers: Sequence[TierName]) -> None:
+    """Draw the upper panel of `draw_loads` alone: the gradient within each tier, over time."""
+    moments, instances = _moments(looks)
+    _paint(axes, [ranked(moment, tiers) for moment in moments.values()], list(moments), len(instances), tiers)
+    axes.set_ylabel("instances")
+    axes.set_xlabel("seconds")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _moments(looks: Iterable[Look]) -> tuple[dict[float, list[Look]], list[InstanceId]]:
+    """Looks by time, in order, and all instances."""
+    by_time: dict[float, list[Look]] = defaultdict(list)
+    for look in looks:
+        by_time[look.at].append(look)
+    if not by_time:
+        raise PlotError("nothing to draw: the run was too short for a single look")
+    instances = sorted({look.instance for moment in by_time.values() for look in moment}, key=_natural)
+    return dict(sorted(by_time.items())), instances
+
+
+def _paint(
+    axes: Axes,
+    columns: Sequence[Sequence[Look | None]],
+    times: Sequence[float],
+    height: int,
+    tiers: Sequence[TierName],
+) -> None:
+    extent = (times[0], times[-1], height - 0.5, -0.5)
+    axes.imshow(carpet(columns, height, tiers), extent=extent, aspect="auto", interpolation="nearest")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def ranked(looks: Sequence[Look], tiers: Sequence[TierName]) -> list[Look]:

@@ -53,7 +53,7 @@ def _case(case: Json, result: Json) -> Table:
         held = [_goodput(entry["goodput"].get(name)) for name in measures]
         of = entry["goodput"].get(headline) if headline else entry["attained_at_150"]
         ratios = [_ratio((of or {}).get("over", {}).get(name)) for name in against]
-        table.add_row(entry["label"], _choice(entry), *held, *ratios, _attained(entry["attained_at_150"]))
+        table.add_row(entry["label"], choice(entry), *held, *ratios, _attained(entry["attained_at_150"]))
     return table
 
 
@@ -72,7 +72,7 @@ def _day(case: Json) -> Table:
         cost = "-" if day["cost_per_attained_s"] is None else f"{day['cost_per_attained_s']:.3f}"
         table.add_row(
             entry["label"],
-            ", ".join(part for part in (_choice(entry), knob) if part),
+            ", ".join(part for part in (choice(entry), knob) if part),
             f"{100 * day['worst_tier']:.1f} %{'' if day['holds'] else ' (short)'}",
             f"{100 * day['overall']:.1f} %",
             f"{day['mean_instances']:.2f}",
@@ -88,7 +88,7 @@ def _against(entries: Sequence[Json], measure: str | None) -> list[str]:
     return [name for name in names if name != "polyserve" or any(entry["role"] == "variant" for entry in entries)]
 
 
-def _choice(entry: Json) -> str:
+def choice(entry: Json) -> str:
     chunk = [] if entry["chunk"] is None else [f"chunk {entry['chunk']}"]
     values = (
         [] if entry["role"] == "variant" else [f"{key.replace('_', ' ')} {v}" for key, v in entry["values"].items()]
