@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,7 +27,7 @@ def study(
     quick: Annotated[bool, typer.Option("--quick", help="One seed, 2 % tolerance, fewer cases: minutes.")] = False,
     jobs: Annotated[int, typer.Option(help="Worker processes; 0: one per core.")] = 0,
     json_to: Annotated[str, typer.Option("--json", metavar="FILE|-", help="Write the result as JSON.")] = "",
-    out: Annotated[str, typer.Option(metavar="DIR", help="Keep runs and result in this folder.")] = "",
+    out: Annotated[str, typer.Option(metavar="DIR", help="Keep runs, result and a report of it in this folder.")] = "",
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     requests: Annotated[
         int | None, typer.Option(help="Fewest requests in a window at the optimum; default by setting.")
@@ -78,6 +78,18 @@ def study(
     if not console.is_terminal:
         console = Console(stderr=json_to == "-", highlight=False, width=170)
     console.print(tables(told))
+    if out:
+        report = _reported(told, Path(out))
+        console.print(f"report: {report}", markup=False, soft_wrap=True)
+
+
+def _reported(told: dict[str, Any], folder: Path) -> Path:
+    """Write the report of a result beside it."""
+    from polyserve.study.page.document import page
+
+    path = folder / "report.html"
+    path.write_text(page(told), encoding="utf-8")
+    return path
 
 
 def _split(text: str) -> list[str]:

@@ -268,7 +268,7 @@ def _legend(legend: Mapping[str, Style]) -> str:
 
 
 def _made(made: Made) -> str:
-    seeds = f"seeds {made.seed}" if "," in made.seed else f"seed {made.seed}"
+    seeds = f"seeds {made.seed}" if "," in made.seed else f"seed\N{NO-BREAK SPACE}{made.seed}"
     return element("p", f"Made by {element('code', escape(made.command))}, {escape(seeds)}.", class_="made")
 
 

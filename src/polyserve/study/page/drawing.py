@@ -84,7 +84,7 @@ def curves(
     figure, axes = _canvas(title, 3.2)
     for name, level in (levels or {}).items():
         axes.axhline(level, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
-        axes.annotate(name, (0, level), xycoords=("axes fraction", "data"), xytext=(3, -2), va="top",
+        axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), xytext=(2, 0), va="center",
                       textcoords="offset points", fontsize=7, color=MUTED)  # fmt: skip
     for rank, (label, points) in enumerate(lines.items()):
         look = looks[label]
@@ -116,13 +116,11 @@ def bars(title: str, rows: Sequence[Bar], *, x: str, marks: Mapping[str, float] 
         axes.barh(place, row.value, height=0.66, color=row.hue, alpha=FAINT if row.faint else 1.0, zorder=2)
         if row.interval:
             axes.plot(row.interval, (place, place), color=INK, linewidth=1.2, zorder=3)
-        end = max(row.value, 0.0, *(row.interval or ()))
-        axes.annotate(row.text, (end, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8,
-                      zorder=5, bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "linewidth": 0,
-                                      "alpha": 0.8})  # fmt: skip
+        axes.annotate(row.text, (1, place), xycoords=("axes fraction", "data"), xytext=(4, 0), va="center",
+                      textcoords="offset points", fontsize=8, color=INK)  # fmt: skip
     ends = [0.0, *marks.values(), *(row.value for row in rows), *(end for row in rows for end in row.interval or ())]
     room = max(ends) - min(ends) or 1.0
-    axes.set_xlim(min(ends) - (0.03 * room if min(ends) < 0 else 0.0), max(ends) + 0.2 * room)
+    axes.set_xlim(min(ends) - (0.03 * room if min(ends) < 0 else 0.0), max(ends) + 0.04 * room)
     axes.set_ylim(len(rows) - 0.4, -0.6 - 0.6 * len(marks))
     for step, (name, at) in enumerate(marks.items()):
         axes.axvline(at, color=INK, linewidth=1, linestyle=(0, (4, 2)), zorder=4)
@@ -157,7 +155,9 @@ def sizes(shown: Mapping[str, Any], tiers: Sequence[str]) -> Panel:
     figure, axes = _canvas("Instances per tier", 2.9)
     hues = tier_hues(tiers)
     held = {row["tier"]: row["instances"] for row in reversed(shown["instances_per_tier"])}
-    axes.stackplot(shown["at_s"], *held.values(), colors=[hues.get(tier, POOL_HUE) for tier in held], step="post", linewidth=0)
+    axes.stackplot(
+        shown["at_s"], *held.values(), colors=[hues.get(tier, POOL_HUE) for tier in held], step="post", linewidth=0
+    )
     axes.set_xlim(shown["at_s"][0], shown["at_s"][-1])
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
