@@ -26,6 +26,7 @@ class Admission:
         self._kinds: dict[tuple[str, ChunkRule], Profile] = {}  # of instances that ever joined
         self._tightest_s = 0.0
         self._link: tuple[float, float] | None = None
+        self.counts_only = False  # nobody forecasts and nobody is refused for being late: no need to know when one is
         self._solo: list[tuple[Vector, int]] = []  # of each kind: its packed profile and largest chunk
         self._context = max(_context(profile) for profile in profiles.values())
 
@@ -107,7 +108,7 @@ class Admission:
 
     def set_latest(self, job: Job, solo_s: float | None = None) -> None:
         """Note what the job's prompt takes on an idle instance, and when it is too late even for that."""
-        if job.slo is not None:
+        if job.slo is not None and not self.counts_only:
             job.solo_s = self.solo_ttft_s(job.prefill_tokens) if solo_s is None else solo_s
             less_s = self._least_less_s(job.prefill_tokens, job.slo)
             job.latest_at = to_microsecond(job.due_at - job.solo_s - less_s)

@@ -189,6 +189,8 @@ class Controller:
         else:
             self._router = router(given(self._fleet))
             self._scaler = autoscaler(self._settings, self._tiers, self._fleet, self._demand, self._pending)
+        on_late = {self._settings.on_late, *(tier.on_late for tier in self._tiers)}
+        self._admission.counts_only = not self.wants_progress and on_late <= {None, "never"}
         self._quantile = NormalDist().inv_cdf(min(max(self._settings.confidence, 0.001), 0.999))
         # Not at once: a body tells of the instances that exist right after this.
         self._look_at = to_microsecond(self._now + self._settings.look_s)
@@ -709,7 +711,7 @@ class Controller:
         self._look_at = to_microsecond(now + max(settings.look_s, LEAST_LOOK_S))
         for name in self._drained:
             self._drained[name] *= math.exp(-settings.look_s / DRAIN_MEMORY_S)
-        if self._lengths.unlearned and now - self._lengths_at >= LENGTHS_EVERY_S:
+        if self.wants_progress and self._lengths.unlearned and now - self._lengths_at >= LENGTHS_EVERY_S:
             self._lengths_at = now
             self._lengths.refresh(np.concatenate([np.zeros((0, 2)), *(books.made() for books in self._fleet)]))
         self._time_out_queues()
