@@ -42,7 +42,7 @@ tbody th.group { font-weight: 600; padding-top: 1rem; white-space: normal; }
 figure { margin: 1.6rem 0; padding: 0; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: .6rem 1.2rem;
           align-items: start; }
-.panels svg { width: 100%; max-width: 30rem; height: auto; display: block; }
+.panels svg { width: 100%; max-width: 30rem; height: auto; display: block; overflow: visible; }
 .panels svg text { font-family: "DejaVu Sans", Verdana, "Segoe UI", Roboto, Arial, sans-serif !important; }
 .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; font-size: .875rem; }
 .swatch { width: 34px; height: 10px; margin-right: .4rem; }
@@ -65,7 +65,7 @@ details li { margin: .2rem 0; }
   th:first-child { position: static; }
   .panels { grid-template-columns: repeat(2, 1fr); }
   .panels svg, tr { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
+  h2, h3, .legend { break-after: avoid; }
   nav, details { display: none; }
   code { background: none; padding: 0; }
 }
@@ -207,7 +207,10 @@ def _means(result: Json) -> str:
     names = list(dict.fromkeys(key for row in rows for key in row if key not in ("label", "role", "cases")))
     if len(result["cases"]) < 2 or not names:
         return ""
-    heads = ["Policy", "Cases", *(f"{name.replace('_', ' ')}, share of optimal" for name in names)]
+    titles = [
+        f"attained at {100 * result['overload_at']:.0f} %" if name == "attained_at_150" else name for name in names
+    ]
+    heads = ["Policy", "Cases", *(f"{title}, share of optimal" for title in titles)]
     lines = [
         [row["label"], str(row["cases"]), *(f"{100 * row[n]['share']:.1f} %" if n in row else NONE for n in names)]
         for row in rows

@@ -187,12 +187,14 @@ def _over_load(case: Json, result: Json, looks: Mapping[str, Style]) -> Iterator
         panel = curves("Attained rate", lines, looks, x="load, % of the optimal rate", y="attained, % of optimal",
                        levels={"optimal": 100.0}, span=(0.0, 108.0))  # fmt: skip
         caption = "Requests that attain per second, as more and more come than could be served at best."
-        yield Illustration("Attained rate over load", [panel], caption, [_study(result)], points, legend)
+        caption += SAME
+        yield Illustration("Attained rate over load", [panel], caption, [_study(result)], legend=legend)
     lines = _lines(runs, lambda run: run["cost_per_attained_s"])
     if lines:
-        yield Illustration("Cost over load", [_cost(lines, case, looks)], COST, [_study(result)], points, legend)
+        yield Illustration("Cost over load", [_cost(lines, case, looks)], COST + SAME, [_study(result)], legend=legend)
 
 
+SAME = " The runs are those of attainment over load."
 COST = (
     "Instance-seconds per request that attained its SLO. The dashed level is what the optimum would pay at 100 % load; "
     f"the axis is cut off at {DEAREST:g} times that."
