@@ -112,8 +112,9 @@ def curves(
 def bars(title: str, rows: Sequence[Bar], *, x: str, marks: Mapping[str, float] | None = None) -> Panel:
     """A bar per row, its figure beside it; `marks` are named places on the horizontal axis."""
     marks = marks or {}
-    longest = max((len(row.label) for row in rows), default=0)
-    figure, axes = _canvas(title, 0.26 * len(rows) + 0.8 + 0.16 * len(marks), 0.15 + LETTER * longest)
+    left = 0.15 + LETTER * max((len(row.label) for row in rows), default=0)
+    right = 0.15 + LETTER * max((len(row.text) for row in rows), default=0)
+    figure, axes = _canvas(title, 0.26 * len(rows) + 0.8 + 0.16 * len(marks), left, right)
     for place, row in enumerate(rows):
         axes.barh(place, row.value, height=0.66, color=row.hue, alpha=FAINT if row.faint else 1.0, zorder=2)
         if row.interval:
@@ -169,11 +170,11 @@ def sizes(shown: Mapping[str, Any], tiers: Sequence[str]) -> Panel:
     return Panel(figure, f"Instances per tier over time; at the end: {last}")
 
 
-def _canvas(title: str, height: float, left: float = 0.62) -> tuple[Figure, Axes]:
+def _canvas(title: str, height: float, left: float = 0.62, right: float = 0.55) -> tuple[Figure, Axes]:
     """An empty chart; inches. Margins are given, since to find the least ones takes as long as to draw."""
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.subplots()
-    figure.subplots_adjust(left / WIDTH, 0.45 / height, 1 - 0.55 / WIDTH, 1 - 0.27 / height)
+    figure.subplots_adjust(left / WIDTH, 0.45 / height, 1 - right / WIDTH, 1 - 0.27 / height)
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
     axes.tick_params(labelsize=8, colors=INK)
     axes.xaxis.label.set_fontsize(8)

@@ -245,8 +245,8 @@ def _day(case: Json, result: Json, looks: Mapping[str, Style]) -> Iterator[Illus
     panel = curves("What instances buy", lines, looks, x="instances in the mean", y="attained in the worst tier, %",
                    levels={"99 %": 99.0}, span=(FLOOR - 1, 101.0))  # fmt: skip
     caption = (
-        "Left: the cheapest value of each knob with which every tier attains 99 % over the whole day; pale bars fall "
-        "short of that with any value. Right: every value that was tried."
+        "First the cheapest value of each knob with which every tier attains 99 % over the whole day; pale bars fall "
+        "short of that with any value. Then every value that was tried."
     )
     legend = {label: looks[label] for label in lines}
     points = _points(case, result["seeds"][0])

@@ -45,8 +45,8 @@ def picture(figure: Figure, alt: str, number: str) -> str:
     Words stay words, so that they can be searched and read aloud.
     """
     written = io.StringIO()
-    told = {"svg.fonttype": "none", "svg.hashsalt": "polyserve", "savefig.dpi": 144, "font.sans-serif": ["DejaVu Sans"]}
-    with matplotlib.rc_context(told):
+    words = matplotlib.rc_context({"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]})
+    with words, matplotlib.rc_context({"svg.hashsalt": "polyserve", "savefig.dpi": 144}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(written, format="svg", metadata=nothing)
     _, start, drawing = written.getvalue().partition("<svg")
