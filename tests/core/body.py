@@ -11,7 +11,7 @@ from scenes import STEADY, TIERS
 
 from polyserve.core.controller import Controller
 from polyserve.core.fleet import Books, State
-from polyserve.core.kernels import G_BATCH, G_KV, G_MOST, G_VARIANCE, R_CAP, R_LEFT, R_MADE, R_PROMPT
+from polyserve.core.kernels import G_BATCH, G_KV, G_MOST, G_VARIANCE, PROMISED, R_CAP, R_LEFT, R_MADE, R_PROMPT
 from polyserve.core.profile import Limits, Profile
 from polyserve.core.settings import Settings
 from polyserve.core.types import (
@@ -31,16 +31,20 @@ from polyserve.core.types import (
     Failed,
     Finished,
     FirstToken,
+    HandOver,
     Instance,
     InstanceId,
     Joined,
     Lost,
     Progressed,
     Ready,
+    Received,
     Refuse,
     Request,
     RequestId,
+    Role,
     SetPace,
+    SetRole,
     Slo,
     Start,
     Stop,
@@ -72,6 +76,7 @@ class Stream:
     instance: InstanceId | None = None
     base: int = 0  # tokens before the present dispatch
     told: int = 0  # tokens that the core has been told of
+    source: InstanceId | None = None  # in PD: where its KV is on its way from
     refusal: Refuse | None = None
     dispatches: list[Dispatch] = field(default_factory=list)
 
@@ -106,6 +111,8 @@ class Body:
         self.streams: dict[RequestId, Stream] = {}
         self.lives: dict[InstanceId, Life] = {}
         self.paces: dict[InstanceId, float] = {}
+        self.roles: dict[InstanceId, Role] = {}
+        self.split = settings.disaggregated
         self.send(Configured(0.0, settings.to_dict(), tiers, {profile.name: profile.to_dict()}, seed))
         for n in range(ready):
             self.join(f"m{n}")
@@ -133,9 +140,16 @@ class Body:
         self.now = until
         return actions
 
-    def join(self, id: InstanceId, chunk: ChunkRule = ChunkRule(), **limits: int) -> list[Action]:  # noqa: B008
-        self.lives[id] = Life.JOINED
-        return self.send(Joined(self.now, Instance(id, self.profile.name, chunk, **limits)))  # type: ignore[arg-type]
+    def join(
+        self,
+        id: InstanceId,
+        chunk: ChunkRule = ChunkRule(),  # noqa: B008
+        role: Role = Role.MIXED,
+        **limits: int,
+    ) -> list[Action]:
+        self.lives[id], self.roles[id] = Life.JOINED, role
+        instance = Instance(id, self.profile.name, chunk, role=role, **limits)  # type: ignore[arg-type]
+        return self.send(Joined(self.now, instance))
 
     def ready(self, id: InstanceId) -> list[Action]:
         self.lives[id] = Life.READY
@@ -148,8 +162,10 @@ class Body:
     def lose(self, id: InstanceId) -> list[Action]:
         """The instance goes, and what its clients have got since the last report was never told."""
         del self.lives[id]
-        for stream in self.on(id):
-            stream.fate, stream.instance = Fate.WAITS, None
+        for stream in self.streams.values():
+            if id in (stream.instance, stream.source) and stream.fate is Fate.RUNS:
+                stream.fate, stream.instance = Fate.WAITS, None
+                stream.source = None if stream.source == id else stream.source
         return self.send(Lost(self.now, id))
 
     def drain(self, id: InstanceId) -> list[Action]:
@@ -170,27 +186,45 @@ class Body:
         stream = self.streams[id]
         assert stream.instance is not None
         stream.told = stream.base + 1
-        return self.send(FirstToken(self.now, id, stream.instance))
+        instance = stream.instance
+        if self.roles[instance] is Role.PREFILL:
+            stream.fate, stream.instance, stream.source = Fate.WAITS, None, instance
+        return self.send(FirstToken(self.now, id, instance))
+
+    def receive(self, id: RequestId) -> list[Action]:
+        """Its KV is there."""
+        stream = self.streams[id]
+        assert stream.instance is not None
+        stream.source = None
+        return self.send(Received(self.now, id, stream.instance))
+
+    def ends_at_once(self, stream: Stream) -> bool:
+        """Whether an instance that computes prompts answers it: then it has no first token to tell of."""
+        most = stream.request.max_tokens
+        return self.split and most is not None and most <= stream.base + 1
 
     def progress(self, instance: InstanceId, tokens: int = 1) -> list[Action]:
-        """So many more tokens for everybody on an instance."""
-        for stream in self.on(instance):
+        """So many more tokens for everybody on an instance; where prompts are computed nobody gets more than one."""
+        there = [s for s in self.on(instance) if s.source is None and self.roles[instance] is not Role.PREFILL]
+        for stream in there:
             stream.told += tokens
-        return self.send(Progressed(self.now, instance, {s.id: s.told for s in self.on(instance)}))
+        return self.send(Progressed(self.now, instance, {s.id: s.told for s in there}))
 
     def finish(self, id: RequestId, tokens: int = 1) -> list[Action]:
         """Its last tokens come, and the end."""
         stream = self.streams[id]
         assert stream.instance is not None
-        stream.told += tokens
+        if stream.source is not None:
+            self.receive(id)
+        stream.told += 1 if self.roles[stream.instance] is Role.PREFILL else tokens
         stream.fate, instance, stream.instance = Fate.FINISHED, stream.instance, None
         return self.send(Finished(self.now, id, instance, stream.told))
 
     def break_off(self, id: RequestId, tokens: int = 0) -> list[Action]:
         stream = self.streams[id]
         assert stream.instance is not None
-        stream.told += tokens
-        stream.fate, instance, stream.instance = Fate.WAITS, stream.instance, None
+        stream.told += tokens if stream.source is None and self.roles[stream.instance] is not Role.PREFILL else 0
+        stream.fate, instance, stream.instance, stream.source = Fate.WAITS, stream.instance, None, None
         return self.send(Broken(self.now, id, instance, stream.told))
 
     def leave(self, id: RequestId) -> list[Action]:
@@ -203,6 +237,8 @@ class Body:
         match action:
             case Dispatch():
                 self._dispatch(action)
+            case HandOver():
+                self._hand_over(action)
             case Refuse():
                 stream = self.streams[action.request]
                 assert stream.fate is Fate.WAITS, f"refused, but it {stream.fate}"
@@ -211,12 +247,13 @@ class Body:
             case Cancel():
                 stream = self.streams[action.request]
                 assert (stream.fate, stream.instance) == (Fate.CANCELLED, action.instance)
-                stream.instance = None
+                stream.instance = stream.source = None
             case Evict():
                 stream = self.streams[action.request]
-                assert (stream.fate, stream.instance) == (Fate.RUNS, action.instance)
-                assert stream.request.slo is None, "only best effort is evicted"
-                stream.fate, stream.instance = Fate.WAITS, None
+                if stream.source != action.instance:
+                    assert (stream.fate, stream.instance) == (Fate.RUNS, action.instance)
+                    assert stream.request.slo is None, "only best effort is evicted"
+                stream.fate, stream.instance, stream.source = Fate.WAITS, None, None
             case Start():
                 assert action.instance not in self.lives, "a name is used again"
                 self.lives[action.instance] = Life.ASKED
@@ -225,12 +262,16 @@ class Body:
                 assert self.lives[action.instance] in (Life.READY, Life.JOINED)
                 self.lives[action.instance] = Life.DRAINING
             case Stop():
-                assert not self.on(action.instance), "draining ends no stream"
+                assert not self.holds(action.instance), "draining ends no stream"
                 self.lives.pop(action.instance)
                 self.paces.pop(action.instance, None)
             case Assign():
                 assert action.tier is None or action.tier in {tier.name for tier in self.tiers}
                 assert action.instance in self.lives
+            case SetRole():
+                assert not self.holds(action.instance), "a role changes on an empty instance"
+                assert self.lives[action.instance] in (Life.READY, Life.JOINED)
+                self.roles[action.instance] = action.role
             case SetPace():
                 assert action.instance in self.lives
                 assert action.pace_s > 0
@@ -242,8 +283,22 @@ class Body:
         assert self.lives[action.instance] is Life.READY, "only to an instance that is ready"
         assert action.resume_from == stream.told, "every token that was told of counts"
         assert action.tier is None or action.slo is not None
+        assert not self.split or self.roles[action.instance] is Role.PREFILL
+        stream.source = None
         stream.fate, stream.instance, stream.base = Fate.RUNS, action.instance, action.resume_from
         stream.dispatches.append(action)
+
+    def _hand_over(self, action: HandOver) -> None:
+        stream = self.streams[action.request]
+        assert stream.fate is Fate.WAITS, f"handed over, but it {stream.fate}"
+        assert stream.source == action.source, "its KV is elsewhere"
+        assert self.lives[action.instance] is Life.READY, "only to an instance that is ready"
+        assert (self.roles[action.source], self.roles[action.instance]) == (Role.PREFILL, Role.DECODE)
+        stream.fate, stream.instance = Fate.RUNS, action.instance
+
+    def holds(self, instance: InstanceId) -> list[Stream]:
+        """Streams that run on an instance, or whose KV comes from there."""
+        return [s for s in self.streams.values() if s.fate is Fate.RUNS and instance in (s.instance, s.source)]
 
     def on(self, instance: InstanceId) -> list[Stream]:
         """Streams that run on an instance."""
@@ -268,21 +323,30 @@ class Body:
             assert stream.instance in controller.fleet.books
 
     def _look_at(self, id: InstanceId, books: Books) -> None:
-        assert {"starting": Life.JOINED, "ready": Life.READY, "draining": Life.DRAINING}[books.state] is self.lives[id]
-        ids = [stream.id for stream in self.on(id)]
+        lives = {"starting": Life.JOINED, "ready": Life.READY, "turning": Life.READY, "draining": Life.DRAINING}
+        assert lives[books.state] is self.lives[id]
+        promised = [job.id for job in books.jobs.values() if job.partner == id]
+        ids = [*(stream.id for stream in self.on(id)), *promised]
         assert sorted(books.jobs) == sorted(ids)
+        assert sorted(books.parting) == sorted(s.id for s in self.holds(id) if s.source == id)
+        assert books.role is self.roles[id]
         for tier, count in books.by_tier.items():
             assert count == sum(job.tier == tier for job in books.jobs.values())
         for request in ids:
-            assert books.jobs[request].instance == id
+            assert (books.jobs[request].instance == id) != (request in promised)
+        for request in promised:
+            assert self.roles[self.streams[request].instance or ""] is Role.PREFILL, "it is computed elsewhere"
         if not books.watched:
             return
         assert sorted(books.ids) == sorted(ids)
         assert books._index == {request: at for at, request in enumerate(books.ids)}
         assert len(books.rows) == len(books.ids)
         for request, row in zip(books.ids, books.rows, strict=True):
-            assert 0 <= row[R_LEFT] <= row[R_PROMPT]
+            awaited = request in promised or self.streams[request].source is not None
+            assert row[R_LEFT] == PROMISED if awaited else 0 <= row[R_LEFT] <= row[R_PROMPT]
             assert 0 <= row[R_MADE] <= max(row[R_CAP], self.streams[request].told)
+        if books.role is Role.PREFILL:
+            return
         if self.settings.router == "tiers" and books.state is not State.STARTING:
             self._look_at_pace(id, books)
 
@@ -299,7 +363,7 @@ class Body:
     def _look_at_memory(self, instances: set[InstanceId]) -> None:
         """Mean forecast KV and its margin lie within capacity wherever somebody joined others."""
         settings = self.settings
-        if settings.router != "tiers" or not settings.test_memory:
+        if settings.router != "tiers" or not settings.test_memory or self.split:
             return
         for books in (self.controller.fleet.books.get(id) for id in instances):
             if books is None or len(books.ids) < 2:

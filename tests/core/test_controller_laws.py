@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import ClassVar
 
 from body import CRAMPED, Body, Fate, Life, Stream
 from hypothesis import settings as hypothesis_settings
@@ -18,7 +19,9 @@ from polyserve.core.types import (
     Iteration,
     Preempted,
     Progressed,
+    Received,
     Reported,
+    Role,
     Slo,
     Tick,
 )
@@ -57,6 +60,8 @@ switches = st.fixed_dictionaries(
         "head_walk": st.sampled_from([0, 6]),
         "test_memory": st.booleans(),
         "explain": st.booleans(),
+        "promise": st.booleans(),
+        "follow_split": st.booleans(),
     },
 )
 
@@ -65,6 +70,7 @@ class Anything(RuleBasedStateMachine):
     """Any event that a body may send, in any order; `Body` holds the answers to the contract."""
 
     body: Body
+    given: ClassVar[dict[str, object]] = {}
     others = 0  # instances that somebody else started
 
     @initialize(
@@ -74,7 +80,7 @@ class Anything(RuleBasedStateMachine):
         seed=st.integers(0, 3),
     )
     def configure(self, name: str, values: dict[str, object], ready: int, seed: int) -> None:
-        self.body = Body(policy(name, values), profile=CRAMPED, ready=ready, seed=seed)
+        self.body = Body(policy(name, values | self.given), profile=CRAMPED, ready=ready, seed=seed)
 
     def pick(self, which: int, *fates: Fate) -> Stream:
         among = self.body.of(*fates)
@@ -106,8 +112,15 @@ class Anything(RuleBasedStateMachine):
     @rule(which=picks)
     def first_token(self, which: int) -> None:
         stream = self.pick(which, Fate.RUNS)
-        if stream.told == stream.base:
+        if stream.told == stream.base and not self.body.ends_at_once(stream):
             self.body.first_token(stream.id)
+
+    @precondition(running)
+    @rule(which=picks)
+    def receive(self, which: int) -> None:
+        stream = self.pick(which, Fate.RUNS)
+        if stream.source is not None:
+            self.body.receive(stream.id)
 
     @precondition(running)
     @rule(which=picks, tokens=st.integers(1, 40))
@@ -153,12 +166,14 @@ class Anything(RuleBasedStateMachine):
         self.body.send(Preempted(self.body.now, stream.id, stream.instance))
 
     @precondition(lambda self: self.body.streams and self.body.lives)
-    @rule(which=picks, where=picks, kind=st.sampled_from([FirstToken, Preempted]))
-    def something_stale(self, which: int, where: int, kind: type[FirstToken] | type[Preempted]) -> None:
+    @rule(which=picks, where=picks, kind=st.sampled_from([FirstToken, Preempted, Received]))
+    def something_stale(
+        self, which: int, where: int, kind: type[FirstToken] | type[Preempted] | type[Received]
+    ) -> None:
         """News of a request that has left the instance, which was on its way meanwhile."""
         body, instance = self.body, self.some(where)
         stream = list(body.streams.values())[which % len(body.streams)]
-        if stream.instance != instance:
+        if stream.instance != instance and stream.source is None and not promised(body, stream):
             body.send(kind(body.now, stream.id, instance))
             body.send(Finished(body.now, stream.id, instance, 5))
             body.send(Progressed(body.now, instance, {stream.id: 5}))
@@ -181,12 +196,12 @@ class Anything(RuleBasedStateMachine):
         self.body.fail(self.some(which, Life.ASKED, Life.JOINED))
 
     @precondition(lambda self: len(self.body.lives) < 5)
-    @rule(fixed=st.booleans(), seats=st.sampled_from([2, 6]))
-    def another_joins(self, fixed: bool, seats: int) -> None:
+    @rule(fixed=st.booleans(), seats=st.sampled_from([2, 6]), role=st.sampled_from(Role))
+    def another_joins(self, fixed: bool, seats: int, role: Role) -> None:
         """One that somebody else started."""
         rule = ChunkRule("fixed", 64) if fixed else ChunkRule()
         self.others += 1
-        self.body.join(f"x{self.others}", rule, max_num_seqs=seats)
+        self.body.join(f"x{self.others}", rule, role if self.body.split else Role.MIXED, max_num_seqs=seats)
 
     @precondition(lambda self: self.alive(Life.READY) > 1)
     @rule(which=picks)
@@ -231,5 +246,18 @@ class Anything(RuleBasedStateMachine):
         raise AssertionError(f"for ever without an answer: {body.of(Fate.WAITS)}")
 
 
+def promised(body: Body, stream: Stream) -> bool:
+    """Whether a place is kept for it somewhere."""
+    return any(job.id == stream.id and job.partner for books in body.controller.fleet for job in books.jobs.values())
+
+
+class AnythingInTwoRoles(Anything):
+    """The same where prompts are computed on some instances and answered on others."""
+
+    given: ClassVar[dict[str, object]] = {"disaggregated": True, "autoscaler": "own"}
+
+
 TestAnything = Anything.TestCase
 TestAnything.settings = hypothesis_settings(max_examples=100, stateful_step_count=40)
+TestAnythingInTwoRoles = AnythingInTwoRoles.TestCase
+TestAnythingInTwoRoles.settings = hypothesis_settings(max_examples=100, stateful_step_count=40)

@@ -20,13 +20,18 @@ from polyserve.core.types import (
     Evict,
     Failed,
     Finished,
+    FirstToken,
+    HandOver,
     InstanceId,
     Joined,
     Lost,
     Progressed,
     Ready,
+    Received,
     Refuse,
     RequestId,
+    Role,
+    SetRole,
     Start,
     Stop,
 )
@@ -45,6 +50,9 @@ class Referee:
     first_dispatch: dict[RequestId, float] = field(default_factory=dict)
     lives: dict[InstanceId, Life] = field(default_factory=dict)
     begun: set[RequestId] = field(default_factory=set)
+    roles: dict[InstanceId, Role] = field(default_factory=dict)
+    computed: set[RequestId] = field(default_factory=set)  # on an instance that makes no more of them
+    sources: dict[RequestId, InstanceId] = field(default_factory=dict)  # where KV is on its way from
     budget: int = 0
     now: float = 0.0
 
@@ -77,24 +85,35 @@ class Referee:
                 assert self.fates[event.request] == "runs", f"finished, but it {self.fates[event.request]}"
                 self.fates[event.request] = "finished"
                 del self.places[event.request]
+                self.sources.pop(event.request, None)
+            case FirstToken():
+                if self.roles.get(event.instance) is Role.PREFILL and self.places.get(event.request) == event.instance:
+                    self.computed.add(event.request)
+            case Received():
+                if self.places.get(event.request) == event.instance:
+                    self.sources.pop(event.request, None)
             case Broken():
                 self._goes_back(event.request)
             case Progressed():
                 self.begun |= event.tokens.keys()
             case Joined():
                 self.lives[event.instance.id] = "joined"
+                self.roles[event.instance.id] = event.instance.role
             case Ready():
                 if event.instance in self.lives:
                     self.lives[event.instance] = "ready"
             case Lost() | Failed():
                 self.lives.pop(event.instance, None)
-                for request in [r for r, instance in self.places.items() if instance == event.instance]:
-                    self._goes_back(request)
+                for request, instance in list(self.places.items()):
+                    if event.instance in (instance, self.sources.get(request)):
+                        self._goes_back(request)
+                for request in [r for r, source in self.sources.items() if source == event.instance]:
+                    del self.sources[request]
             case DrainAsked() | _:
                 pass
 
     def _goes_back(self, request: RequestId) -> None:
-        del self.places[request]
+        self.places.pop(request, None)
         if self.fates[request] == "runs":
             self.fates[request] = "waits"
 
@@ -103,9 +122,22 @@ class Referee:
             case Dispatch():
                 assert self.fates[action.request] == "waits", f"{action}: it {self.fates[action.request]}"
                 assert self.lives.get(action.instance) == "ready", f"{action}: {self.lives.get(action.instance)}"
+                assert self.roles[action.instance] is not Role.DECODE, f"{action}: makes no prompts"
+                self.computed.discard(action.request)
+                self.sources.pop(action.request, None)
                 self.fates[action.request] = "runs"
                 self.places[action.request] = action.instance
                 self.first_dispatch.setdefault(action.request, self.now)
+            case HandOver():
+                lies = self.sources.get(action.request, self.places.get(action.request))
+                assert lies == action.source, f"{action}: its KV is on {lies}"
+                assert self.lives.get(action.instance) == "ready", f"{action}: {self.lives.get(action.instance)}"
+                assert (self.roles[action.source], self.roles[action.instance]) == (Role.PREFILL, Role.DECODE), action
+                assert lies in self.sources.values() or action.request in self.computed, f"{action}: not computed yet"
+                self.computed.discard(action.request)
+                self.fates[action.request] = "runs"
+                self.places[action.request] = action.instance
+                self.sources[action.request] = action.source
             case Refuse():
                 assert self.fates[action.request] == "waits", f"{action}: it {self.fates[action.request]}"
                 assert action.request not in self.begun, f"{action}: its stream has begun"
@@ -113,9 +145,11 @@ class Referee:
             case Cancel():
                 assert self.fates[action.request] == "cancelled", f"{action}: it {self.fates[action.request]}"
                 assert self.places.pop(action.request) == action.instance
+                self.sources.pop(action.request, None)
             case Evict():
-                assert self.places[action.request] == action.instance
+                assert action.instance in (self.places.get(action.request), self.sources.get(action.request))
                 self._goes_back(action.request)
+                self.sources.pop(action.request, None)
             case Start():
                 assert action.instance not in self.lives, f"{action}: it exists"
                 self.lives[action.instance] = "asked"
@@ -123,10 +157,17 @@ class Referee:
             case Drain():
                 self.lives[action.instance] = "draining"
             case Stop():
-                assert action.instance not in self.places.values(), f"{action}: ends a stream"
+                self._holds_nothing(action)
                 self.lives.pop(action.instance, None)
+            case SetRole():
+                self._holds_nothing(action)
+                self.roles[action.instance] = action.role
             case _:
                 assert action.instance in self.lives, f"{action}: no such instance"
+
+    def _holds_nothing(self, action: Stop | SetRole) -> None:
+        there = (*self.places.values(), *self.sources.values())
+        assert action.instance not in there, f"{action}: ends a stream"
 
     def _look_over(self) -> None:
         for request, instance in self.places.items():

@@ -25,7 +25,10 @@ class Admission:
         self._lengths = lengths
         self._kinds: dict[tuple[str, ChunkRule], Profile] = {}  # of instances that ever joined
         self._tightest_s = 0.0
-        self._link: tuple[float, float] | None = None
+        self._link: tuple[float, float] | None = None  # in PD: what handing KV over takes, and that per token
+        if settings.disaggregated:
+            bytes_ = max(profile.kv_bytes_per_token for profile in profiles.values())
+            self._link = (settings.kv_latency_s, bytes_ / settings.kv_bandwidth)
         self.counts_only = False  # nobody forecasts and nobody is refused for being late: no need to know when one is
         self._solo: list[tuple[Vector, int]] = []  # of each kind: its packed profile and largest chunk
         self._context = max(_context(profile) for profile in profiles.values())
@@ -38,9 +41,6 @@ class Admission:
         kinds = self._kinds.items()
         self._tightest_s = min(profile.tightest_pace_s for profile in self._kinds.values())
         self._solo = [(profile.packed, largest_solo_chunk(profile.limits, chunk)) for (_, chunk), profile in kinds]
-        if self._settings.disaggregated:
-            bytes_ = max(profile.kv_bytes_per_token for profile in self._kinds.values())
-            self._link = (self._settings.kv_latency_s, bytes_ / self._settings.kv_bandwidth)
         self._context = max(self._context, min(books.profile.limits.context_tokens, books.kv_tokens))
 
     def admit(self, request: Request) -> Job | RefuseCode:

@@ -304,7 +304,8 @@ class SingleSlo(OnePool):
         if len(books.jobs) >= books.max_num_seqs:
             return None
         predicted = predictor.of(books)
-        in_time = job.late or predicted.ttft_s <= (job.due_at - now) * self._buffer
+        # Whoever is late by now has nothing to wait for, where nobody is refused.
+        in_time = job.late or now > job.due_at or predicted.ttft_s <= (job.due_at - now) * self._buffer
         return predicted.tpot_s if in_time and self._paced(predicted) else None
 
     def _paced(self, predicted: Latency) -> bool:

@@ -517,6 +517,7 @@ class Controller:
         job.solo_s = 0.0
         placement = self._relay.onward(self._now, job)
         if placement is None:
+            self._actions.append(Evict(job.id, source.id))
             self._replace(job)
             self._vacated(source)
             return

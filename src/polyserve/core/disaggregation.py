@@ -124,11 +124,12 @@ class Relay:
         return self._to_compute(now, books, pending)
 
     def _anywhere(self, now: float, pending: Pending) -> Iterator[Placement]:
+        refused = 0
         for job in first(pending, len(pending)):
             if placement := self.place(now, job):
                 yield placement
-            elif not job.avoid:
-                return  # nobody else has a place either
+            elif (refused := refused + 1) > self._settings.head_walk:
+                return
 
     def _to_answer(self, now: float, books: Books, pending: Pending) -> Iterator[Placement]:
         """Jobs that an instance would answer, as long as their prompts find a place."""

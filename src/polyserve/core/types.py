@@ -347,7 +347,10 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Take a best-effort request off its instance; it waits in the core with the tokens it has."""
+    """Take a best-effort request off its instance; it waits in the core with the tokens it has.
+
+    In PD also a request whose prompt is computed and whom nobody can answer: its KV is given up.
+    """
 
     request: RequestId
     instance: InstanceId

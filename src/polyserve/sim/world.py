@@ -382,7 +382,7 @@ class World:
         if station is not None and (stream := station.residents.get(request)):
             station.part(stream)
             station.engine.cancel(self.loop.now, request)
-        if (stream := self._live.get(request)) and stream.instance == instance:
+        if (stream := self._live.get(request)) and instance in (stream.instance, stream.source):
             self._keep_nothing(stream)
             stream.instance = None
             stream.dispatches += 1
