@@ -13,13 +13,19 @@ from hypothesis import strategies as st
 
 from polyserve.core.bound import (
     TierMix,
+    answer_rate,
+    best_split,
     ceiling,
     feasible,
     instance_rate,
     largest_solo_chunk,
     optimal_rate,
     partition_sizes,
+    prompt_rate,
     solo_ttft_s,
+    split_ceiling,
+    split_needs,
+    split_rate,
     tier_mix,
 )
 from polyserve.core.kernels import one_solo_ttft_s
@@ -220,3 +226,59 @@ def test_no_partition_serves_a_higher_rate(
     everyone = itertools.product(range(1, instances + 1), repeat=len(tiers))
     best = max(rate(partition) for partition in everyone if sum(partition) == instances)
     assert rate(sizes) == pytest.approx(best)
+
+
+# ---------------------------------------------------------------------------------------------------------- in PD
+
+
+def test_a_split_by_hand() -> None:
+    """Floor 10 ms, 0.1 ms a token: 1000 prompt tokens in 110 ms; at 15 ms 50 decodes, seats being no more."""
+    tier = TierMix(0.015, 1.0, prompt=1000.0, output=101.0, context=1.0, attention=0.0)
+    profile = law(0.01, 1e-4)
+    assert prompt_rate(profile, 1000.0, 0.0) == pytest.approx(1 / 0.11)
+    assert answer_rate(profile, 101.0, 1.0, 0.015) == pytest.approx(50 / 0.015 / 100)
+    assert split_rate(profile, 20, [tier]) == pytest.approx(20 / (0.11 + 0.03))
+    needs = split_needs(profile, [tier])
+    assert needs is not None
+    assert best_split(20, needs.prefill, needs.decode) == 15  # the fluid has 15.7, and 16 leave too few for answers
+
+
+@settings(max_examples=50, deadline=None)
+@given(profiles(), mixes())
+def test_prompts_are_computed_no_faster_than_the_best_chunk_allows(profile: Profile, tier: TierMix) -> None:
+    chunks = np.arange(1, profile.limits.max_num_batched_tokens + 1)
+    token_s = min(profile.iteration_s(int(chunk), 0, 0) / chunk for chunk in chunks)
+    seconds = tier.prompt * token_s + profile.per_attention_s * tier.attention
+    assert prompt_rate(profile, tier.prompt, tier.attention) == pytest.approx(1 / seconds)
+
+
+@settings(max_examples=50, deadline=None)
+@given(profiles(), mixes(shortest=2), st.floats(0.005, 0.2))
+def test_answers_are_made_no_faster_than_the_best_batch_allows(profile: Profile, tier: TierMix, pace: float) -> None:
+    most = min(profile.limits.max_num_seqs, profile.limits.kv_tokens / tier.context)
+    batches = np.linspace(0.01, 1.0, 400) * most
+    rates = [b / s for b in batches if (s := profile.iteration_s(0, b, b * tier.context)) <= pace]
+    best = max(rates, default=0.0) / (tier.output - 1)
+    assert answer_rate(profile, tier.output, tier.context, pace) >= best * (1 - 1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(profiles(), st.lists(mixes(shortest=2), min_size=1, max_size=3))
+def test_no_whole_split_beats_the_fluid_one(profile: Profile, tiers: list[TierMix]) -> None:
+    needs = split_needs(profile, tiers)
+    if needs is None:
+        assert split_rate(profile, 8, tiers) == 0.0
+        return
+    rates = [min(count / needs.prefill, (8 - count) / needs.decode) for count in range(1, 8)]
+    assert max(rates) <= split_rate(profile, 8, tiers) * (1 + 1e-9)
+    assert rates[best_split(8, needs.prefill, needs.decode) - 1] == max(rates)
+    assert (split_ceiling(profile, tiers) or 1.0) >= 1.0 - 1e-9
+
+
+def test_a_slow_link_makes_long_prompts_infeasible() -> None:
+    """500 prompt tokens take 60 ms, their KV another 50 before token 1 can be made, which is due 20 ms later."""
+    profile, prompts, outputs = law(0.01, 1e-4), np.array([500, 500]), np.array([10, 10])
+    slo, tight = Slo(0.11, 0.02), Slo(0.09, 0.02)
+    assert feasible(profile, DYNAMIC, prompts, outputs, tight).all()
+    assert not feasible(profile, DYNAMIC, prompts, outputs, tight, (0.0, 1e-4)).any()
+    assert feasible(profile, DYNAMIC, prompts, outputs, slo, (0.0, 1e-4)).all()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from polyserve.core import chunking, kernels, plain
@@ -51,16 +51,20 @@ from polyserve.core.kernels import (
     I_TIER,
     I_TOKENS,
     I_WAITS,
+    PROMISED,
     R_BAND,
     R_BASE,
     R_CAP,
     R_COLUMNS,
     R_DUE,
+    R_FROM,
     R_KEY,
     R_LEFT,
+    R_LESS,
     R_MADE,
     R_PROMPT,
     R_SEEN,
+    R_SOLO,
     R_TPOT,
     Matrix,
     Vector,
@@ -199,6 +203,15 @@ def rows(draw: st.DrawFn, candidate: bool = False) -> list[float]:
     row[R_TPOT] = draw(st.sampled_from([0.005, 0.01, 0.03])) if bound else 0.0
     row[R_DUE] = NOW + draw(st.integers(-50, 250)) / 1e3 - row[R_MADE] * row[R_TPOT] if bound else math.inf
     row[R_KEY] = draw(st.sampled_from([row[R_DUE], NOW]))
+    if draw(st.integers(0, 3)) == 0:  # of a fleet in PD
+        row[R_LESS] = draw(st.sampled_from([0.0, 0.03]))
+        if row[R_LEFT] == 0.0:
+            row[R_LEFT] = PROMISED
+        elif candidate:
+            row[R_LEFT], row[R_MADE], row[R_FROM] = 0.0, 1.0, NOW + draw(milliseconds)
+            row[R_SOLO], row[R_CAP] = draw(milliseconds), row[R_CAP] + 1.0
+        else:
+            row[R_CAP] = 1.0
     return row
 
 
@@ -274,6 +287,7 @@ def test_a_line_is_read_between_its_points(line: list[float], ahead: float) -> N
 @settings(max_examples=80)
 @given(cases(), st.booleans(), st.sampled_from([math.inf, NOW + 0.05]))
 def test_a_queue_is_followed_as_by_the_plain_rule(case: Case, joins: bool, until: float) -> None:
+    assume(case.candidate[R_LEFT] > 0.0)  # nobody else queues
     finish = np.full(case.count + 1, 9.0)
     first, second, slack = kernels.run_queue(
         case.profile.packed, case.inst, case.rows, case.count, case.gauged(), GRID, case.candidate, joins, case.grow,

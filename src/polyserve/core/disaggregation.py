@@ -178,8 +178,8 @@ class Relay:
 def _less_s(job: Job, then: Placement | None) -> float:
     """Seconds of the first token's deadline that the second one needs.
 
-    It is due a TPOT later, and takes the hand-over, an iteration on the instance that answers and up to another one
-    until that begins.
+    It is due a TPOT later, and takes the hand-over, an iteration on the instance that answers and, beside others, up
+    to another one until that begins.
     """
     if job.slo is None:
         return 0.0
@@ -189,7 +189,8 @@ def _less_s(job: Job, then: Placement | None) -> float:
     books = then.books
     full_s = books.profile.iteration_s(0, books.max_num_seqs, books.kv_tokens) * books.scale
     longest_s = max(min(books.pace_s, job.slo.tpot_s, full_s), then.forecast.peak_s)
-    return max(job.transfer_s + 2.0 * longest_s - job.slo.tpot_s, 0.0)
+    iterations = 2.0 if books.jobs else 1.0
+    return max(job.transfer_s + iterations * longest_s - job.slo.tpot_s, 0.0)
 
 
 def relay(given: Callable[[Fleet], Given], fleet: SplitFleet) -> Relay:
