@@ -10,7 +10,7 @@ import pytest
 from polyserve.core.types import Slo
 from polyserve.demand import Arrivals, DemandError
 from polyserve.profiles.store import load
-from polyserve.sim.scenario import Scenario, draw, prepare
+from polyserve.sim.scenario import Scenario, draw, evaluate, prepare
 
 PLAIN = Scenario(trace="azure-code", instances=2, rate=20.0, duration_s=100.0, warm_up_s=20.0)
 SWAPPED = ((0.02, 0.4), (0.03, 0.3), (0.05, 0.2), (0.1, 0.1))
@@ -72,3 +72,27 @@ def test_what_a_slower_machine_cannot_do_is_not_asked_of_it() -> None:
 def test_a_change_that_cannot_be_is_one_clear_line(changed: dict[str, object], complaint: str) -> None:
     with pytest.raises(DemandError, match=complaint):
         prepare(replace(PLAIN, **changed))  # type: ignore[arg-type]
+
+
+def test_in_pd_a_split_is_a_setting_and_the_bound_another() -> None:
+    split = replace(PLAIN, instances=4, pd=1, policy="minimal")
+    prepared = prepare(split)
+    assert prepared.spec.settings.prefill_instances == 1
+    assert prepared.spec.settings.disaggregated
+    assert prepared.facts.optimal_rate is not None
+    assert prepared.facts.optimal_rate != prepare(replace(split, pd=None)).facts.optimal_rate
+
+
+def test_in_pd_a_policy_that_keeps_its_split_gets_the_best_one() -> None:
+    """Prompts are most of the work of `uniform:4000/10`, and little of `uniform:100/500`."""
+    sizes = [
+        prepare(replace(PLAIN, instances=8, pd="auto", policy="minimal", trace=trace)).spec.settings.prefill_instances
+        for trace in ("uniform:4000/10", "uniform:100/500")
+    ]
+    assert sizes[0] > 4 > sizes[1] > 0
+    assert prepare(replace(PLAIN, instances=8, pd="auto")).spec.settings.prefill_instances == 0
+
+
+def test_in_pd_every_request_is_served_by_two_instances() -> None:
+    result = evaluate(replace(PLAIN, instances=4, pd="auto", trace="uniform:500/20", rate=20.0))
+    assert result.score.overall.share.attained == result.score.overall.share.requests > 0

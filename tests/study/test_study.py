@@ -130,7 +130,7 @@ def test_a_worker_that_dies_is_one_clear_line() -> None:
 
 
 BAD = [
-    (["--setting", "paper-xx"], "--setting: unknown setting 'paper-xx'; there are: paper-co, big, old"),
+    (["--setting", "paper-xx"], "--setting: unknown setting 'paper-xx'; there are: paper-co, paper-pd, big, old"),
     (["--policies", "magic"], "--policies: unknown policy 'magic'"),
     (["--policies", "minimal@0"], "--policies: a fixed chunk is at least 1 token, not 'minimal@0'"),
     (["--workloads", "nowhere"], "unknown trace 'nowhere'; there are: aibrix-ramp"),

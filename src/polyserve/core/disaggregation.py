@@ -236,7 +236,7 @@ class SplitScaler(Scaler):
         prefill, decode = self._counts()
         if not prefill or not decode:
             return Role.DECODE if prefill else Role.PREFILL
-        wanted = self.wanted_prefill or decode
+        wanted = self.wanted_prefill or self._settings.prefill_instances or decode
         return Role.PREFILL if prefill < wanted else Role.DECODE
 
     def _counts(self) -> tuple[int, int]:

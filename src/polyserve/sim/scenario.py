@@ -16,7 +16,7 @@ import numpy as np
 from polyserve.core import bound
 from polyserve.core.profile import Profile
 from polyserve.core.settings import EngineWish, SettingError, Settings, engine_wish, policy
-from polyserve.core.types import ChunkRule, InstanceId, RequestId, Role, Slo, Tier, to_microsecond
+from polyserve.core.types import ChunkRule, InstanceId, RequestId, Slo, Tier, to_microsecond
 from polyserve.demand import Arrivals, Bools, DemandError, Ints, Workload, draw_requests
 from polyserve.journal import JournalWriter
 from polyserve.profiles.store import load, shipped_names
@@ -109,6 +109,9 @@ def prepare(scenario: Scenario) -> Prepared:
     mixes = workload.mixes()
     if settings.router == "static" and not settings.static_sizes:
         settings = settings.replaced({"static_sizes": _static_sizes(scenario, profile, mixes)})
+    if scenario.disaggregated:
+        prompts = _prefill_instances(scenario, settings, profile, mixes)
+        settings = settings.replaced({"prefill_instances": prompts})
     chunk, order = scenario.chunk, scenario.order or wish.order
     spec = SimulationSpec(
         requests=list(workload),
@@ -130,8 +133,6 @@ def prepare(scenario: Scenario) -> Prepared:
         start_up_s=scenario.start_up_s,
         faults=faults(scenario, workload, window),
     )
-    if scenario.disaggregated:
-        spec = _split(spec, scenario, mixes)
     own = spec.profile
     alike = bool(mixes) and not others  # a fleet of several kinds has no bound here
     facts = Facts(
@@ -163,27 +164,18 @@ def _optimal_rate(
     return bound.optimal_rate(profile, instances, mixes, strict=strict)
 
 
-def _split(spec: SimulationSpec, scenario: Scenario, mixes: Sequence[bound.TierMix]) -> SimulationSpec:
-    """The same fleet in PD: some instances compute prompts and the others answer."""
-    prompts = scenario.pd
-    if prompts == "auto":
-        if spec.settings.follow_split:
-            return spec
-        needs = bound.split_needs(spec.believed or spec.profile, mixes) if mixes else None
-        if needs is None:
-            raise SettingError("pd: no split is known to be best; say how many of the instances compute prompts")
-        prompts = bound.best_split(spec.instances, needs.prefill, needs.decode)
-    assert isinstance(prompts, int)
-    first = dataclasses.replace(spec, instances=prompts, role=Role.PREFILL)
-    answers = dataclasses.replace(first.groups[0], count=scenario.instances - prompts, role=Role.DECODE)
-    return dataclasses.replace(first, others=(answers,))
+def _prefill_instances(scenario: Scenario, settings: Settings, profile: Profile, mixes: Sequence[bound.TierMix]) -> int:
+    """How many instances compute prompts at the start; 0: the policy finds that out."""
+    if isinstance(scenario.pd, int):
+        return scenario.pd
+    if settings.prefill_instances or settings.follow_split or not mixes:
+        return settings.prefill_instances
+    needs = bound.split_needs(profile, mixes)
+    return bound.best_split(scenario.instances, needs.prefill, needs.decode) if needs is not None else 0
 
 
-def _link(scenario: Scenario, profile: Profile) -> tuple[float, float] | None:
-    """What handing KV over takes, to begin with and per token; None where nothing is handed over."""
-    if not scenario.disaggregated:
-        return None
-    settings = _settings(scenario)
+def link(settings: Settings, profile: Profile) -> tuple[float, float]:
+    """What handing KV over takes, to begin with and per token."""
     return settings.kv_latency_s, profile.kv_bytes_per_token / settings.kv_bandwidth
 
 
@@ -222,7 +214,9 @@ def draw(scenario: Scenario, profiles: Sequence[Profile], warm_up_s: float) -> W
         trace,
         duration_s=duration_s,
         ttfts=scenario.ttfts,
-        feasible=partial(feasible, profiles, link=_link(scenario, profiles[0])),
+        feasible=partial(
+            feasible, profiles, link=link(_settings(scenario), profiles[0]) if scenario.disaggregated else None
+        ),
         arrivals=scenario.arrivals,
         best_effort=scenario.best_effort,
         seed=scenario.seed,

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from polyserve.core import bound
 from polyserve.core.bound import TierMix
 from polyserve.core.profile import Limits, Profile
+from polyserve.core.settings import Settings
 from polyserve.core.types import Slo
 from polyserve.profiles.store import load, shipped_names
-from polyserve.sim.scenario import feasible
+from polyserve.sim.scenario import feasible, link
 from polyserve.study.settings import PACES, QUIET, TTFTS, Fleet, StudyError, World
 from polyserve.traces import Trace, read_trace
 
@@ -83,6 +84,11 @@ class Case:
         each = [profile_of(group.profile).limits for group in self.fleet.groups]
         return min(each, key=lambda limits: limits.max_num_batched_tokens)
 
+    @property
+    def link(self) -> tuple[float, float] | None:
+        """What handing KV over takes, to begin with and per token; None where nothing is handed over."""
+        return link(Settings(), self.true(self.fleet.profile)) if self.fleet.disaggregated else None
+
     # ------------------------------------------------------------------------------------------------- requests
 
     @cached_property
@@ -90,7 +96,7 @@ class Case:
         """Which rows of the trace an idle instance could serve in time, per pace."""
         trace, true = trace_of(self.workload), [self.true(group.profile) for group in self.fleet.groups]
         return [
-            feasible(true, trace.prompt_tokens, trace.output_tokens, Slo(max(self.ttfts), pace))
+            feasible(true, trace.prompt_tokens, trace.output_tokens, Slo(max(self.ttfts), pace), self.link)
             for pace, _ in self.paces
         ]
 
@@ -125,6 +131,8 @@ class Case:
         if one_pace:
             tightest = min(pace for pace, _ in self.paces)
             mixes = [[tier._replace(tpot_s=tightest) for tier in mix] for mix in mixes]
+        if self.fleet.disaggregated:
+            return min(bound.split_rate(kinds[0][0], self.fleet.instances, mix) for mix in mixes)
         return min(fleet_optimum(kinds, mix, strict=strict) for mix in mixes)
 
     @cached_property

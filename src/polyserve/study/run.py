@@ -54,6 +54,7 @@ class Job:
             trace=case.workload,
             profile=case.fleet.profile,
             instances=self.instances or case.fleet.groups[0].instances,
+            pd="auto" if case.fleet.disaggregated else None,
             others=tuple((group.profile, group.instances) for group in case.fleet.groups[1:]),
             rate=self.rate,
             duration_s=case.window_s,
@@ -106,6 +107,7 @@ class Job:
         words += ["--tpot", ",".join(f"{pace * 1e3:g}:{share:g}" for pace, share in scenario.tpots)]
         words += ["--ttft", ",".join(f"{ttft * 1e3:g}" for ttft in scenario.ttfts), "--policy", self.policy]
         words += [word for key, value in self.values for word in ("--set", f"{key}={value}")]
+        words += ["--pd", "auto"] if scenario.disaggregated else []
         words += [] if self.chunk is None else ["--chunk", f"fixed:{self.chunk}"]
         words += ["--jitter", f"{world.jitter:g}"] if world.jitter else []
         words += ["--bias", f"{world.bias:g}"] if world.bias else []
@@ -128,7 +130,7 @@ def job(
 
 
 def scenario_values(scenario: Scenario) -> dict[str, object]:
-    return {"start_up_s": scenario.start_up_s, **scenario.values}
+    return {"start_up_s": scenario.start_up_s, "disaggregated": scenario.disaggregated, **scenario.values}
 
 
 @cache

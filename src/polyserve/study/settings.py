@@ -40,6 +40,7 @@ class Fleet:
 
     name: str
     groups: tuple[Group, ...]
+    disaggregated: bool = False  # some instances compute prompts, others answer
 
     @property
     def profile(self) -> str:
@@ -54,6 +55,11 @@ def fleet(profile: str, instances: int, *others: Group) -> Fleet:
     """So many instances of one profile, and perhaps other groups beside them."""
     groups = (Group(profile, instances), *others)
     return Fleet(" + ".join(f"{group.instances} x {group.profile}" for group in groups), groups)
+
+
+def in_two_roles(one: Fleet) -> Fleet:
+    """The same instances in PD."""
+    return replace(one, name=f"{one.name}, PD", disaggregated=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +275,16 @@ SETTINGS: dict[str, Setting] = {
             ("azure-code", "uniform:4096/256"),
             (*ALL, *UNTUNED),
             (*OWN, "minimal", "ptokens-batch", "static", *UNTUNED),
+            least_requests=(12_000, 60_000),
+        ),
+        Setting(
+            "paper-pd",
+            "the same with prompts and answers on different instances (PD), baselines with their splits tuned too",
+            (in_two_roles(fleet(H200_8B, 20)),),
+            PAPER_WORKLOADS,
+            ("azure-code", "uniform:4096/256"),
+            (*OWN, "minimal", "least-requests", "random", "ptokens-batch", *UNTUNED),
+            (*OWN, "minimal", "ptokens-batch"),
             least_requests=(12_000, 60_000),
         ),
         Setting(

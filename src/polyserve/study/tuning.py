@@ -36,7 +36,10 @@ Knob = Callable[[Case, Entry, bool], list[object]]
 
 def stages(case: Case, entry: Entry, quick: bool) -> list[tuple[str, list[object]]]:
     """Each knob with the values to try, in the order in which they are tuned."""
-    return [(name, KNOBS[name](case, entry, quick)) for name in entry.tunes if name in KNOBS]
+    tunes = entry.tunes
+    if case.fleet.disaggregated and entry.role == "baseline":
+        tunes = ("prefill_instances", *tunes)
+    return [(name, KNOBS[name](case, entry, quick)) for name in tunes if name in KNOBS]
 
 
 def tried(best: Choice, knob: str, value: object) -> Choice:
@@ -61,7 +64,18 @@ def _sizes(case: Case, entry: Entry, quick: bool) -> list[object]:
     return ["", ",".join(map(str, tight_up(needed(case))))]
 
 
+def _splits(case: Case, entry: Entry, quick: bool) -> list[object]:
+    """Instances for prompts: as many as serve most in the fluid, and one fewer and one more."""
+    instances = case.fleet.instances
+    needs = bound.split_needs(case.true(case.fleet.profile), case.mixes(case.paces))
+    if needs is None:
+        return [instances // 2]
+    best = bound.best_split(instances, needs.prefill, needs.decode)
+    return [count for count in (best, best - 1, best + 1) if 0 < count < instances]
+
+
 KNOBS: dict[str, Knob] = {
+    "prefill_instances": _splits,
     "chunk": _chunks,
     "chunk_bound": lambda case, entry, quick: ["slack", "pace"],
     "chunk_floor_tokens": lambda case, entry, quick: [64, 256] if quick else [64, 128, 256, 512],
