@@ -74,8 +74,9 @@ def run(cell: Cell, out: Path) -> dict[str, Any]:
 
 def cells(options: argparse.Namespace) -> list[Cell]:
     """Every run of the table, cheapest loads first."""
-    pairs: list[tuple[str, int | None]] = [(policy, None) for policy in OURS]
-    pairs += [(policy, budget) for policy in BASELINES for budget in BUDGETS]
+    asked = options.policies.split(",")
+    pairs: list[tuple[str, int | None]] = [(policy, None) for policy in OURS if policy in asked]
+    pairs += [(policy, budget) for policy in BASELINES if policy in asked for budget in BUDGETS]
     window = (options.duration, options.warm_up, options.seed)
     return [
         Cell(options.fleet, options.trace, policy, budget, float(load), *window)
@@ -91,6 +92,8 @@ def show(table: list[tuple[Cell, dict[str, Any]]]) -> None:
     for load in dict.fromkeys(cell.load for cell, _ in table):
         for policy in (*OURS, *BASELINES):
             rows = [(c, r) for c, r in table if c.load == load and c.policy == policy]
+            if not rows:
+                continue
             cell, result = max(rows, key=lambda row: row[1]["attainment"]["overall"])
             attainment = result["attainment"]
             chunk = cell.budget or "dynamic"
@@ -104,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fleet", choices=sorted(FLEETS), default="a100-8b")
     parser.add_argument("--trace", default="azure-conv")
+    parser.add_argument("--policies", default=",".join((*OURS, *BASELINES)))
     parser.add_argument("--loads", default="0.7,0.8,0.9,1.0,1.5")
     parser.add_argument("--duration", type=float, default=120.0)
     parser.add_argument("--warm-up", type=float, default=60.0)
