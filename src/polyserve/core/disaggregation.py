@@ -185,12 +185,8 @@ def _less_s(job: Job, then: Placement | None) -> float:
         return 0.0
     if then is None or then.forecast is None:
         return max(job.transfer_s - job.slo.tpot_s, 0.0)
-    # Others will join meanwhile: what that instance can come to, not what it is.
-    books = then.books
-    full_s = books.profile.iteration_s(0, books.max_num_seqs, books.kv_tokens) * books.scale
-    longest_s = max(min(books.pace_s, job.slo.tpot_s, full_s), then.forecast.peak_s)
-    iterations = 2.0 if books.jobs else 1.0
-    return max(job.transfer_s + iterations * longest_s - job.slo.tpot_s, 0.0)
+    iterations = 2.0 if then.books.jobs else 1.0
+    return max(job.transfer_s + iterations * then.forecast.peak_s - job.slo.tpot_s, 0.0)
 
 
 def relay(given: Callable[[Fleet], Given], fleet: SplitFleet) -> Relay:
