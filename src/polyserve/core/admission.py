@@ -53,7 +53,7 @@ class Admission:
             return self.job(request, self.bin(request.slo) or self._tiers[0], request.slo)
         tier = self.bin(request.slo)
         solo_s = self.solo_ttft_s(request.prompt_tokens)
-        less_s = self._least_less_s(request.prompt_tokens, request.slo)
+        less_s = self._least_less_s(request.prompt_tokens, request.slo) if self._link is not None else 0.0
         slo = self._reachable(request.slo, tier, solo_s, less_s)
         return "slo_infeasible" if slo is None else self.job(request, tier or self._tiers[0], slo, solo_s)
 
@@ -70,8 +70,7 @@ class Admission:
 
     def _least_less_s(self, prompt_tokens: int, slo: Slo) -> float:
         """Seconds of a first token's deadline that the second one needs on idle instances: PD's hand-over."""
-        if self._link is None:
-            return 0.0
+        assert self._link is not None
         return max(self._link[0] + self._link[1] * prompt_tokens + self._tightest_s - slo.tpot_s, 0.0)
 
     def _reachable(self, slo: Slo, tier: Tier | None, best_s: float, less_s: float) -> Slo | None:
@@ -110,7 +109,7 @@ class Admission:
         """Note what the job's prompt takes on an idle instance, and when it is too late even for that."""
         if job.slo is not None and not self.counts_only:
             job.solo_s = self.solo_ttft_s(job.prefill_tokens) if solo_s is None else solo_s
-            less_s = self._least_less_s(job.prefill_tokens, job.slo)
+            less_s = self._least_less_s(job.prefill_tokens, job.slo) if self._link is not None else 0.0
             job.latest_at = to_microsecond(job.due_at - job.solo_s - less_s)
 
 

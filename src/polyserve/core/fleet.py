@@ -134,8 +134,9 @@ class Job:
             cap = math.inf if request.max_tokens is None else max(request.max_tokens - self.made, 1)
             tpot = slo.tpot_s if slo else 0.0  # without a deadline due is inf, and stays it
             made, row, solo_s = self.made, self.length_row, self.solo_s
-            left, has = (prompt, 0.0) if self.link is None else (0.0, 1.0)
-            there_s = solo_s + self.transfer_s
+            left, has, there_s = prompt, 0.0, solo_s
+            if self.link is not None:
+                left, has, there_s = 0, 1.0, solo_s + self.transfer_s
             self._row = np.array((prompt, left, has, cap, row, due, tpot, due, made, made, 0.0, 0.0, there_s, 0.0))
             self._row_of = of
         return self._row
