@@ -3,8 +3,8 @@
 #   make demo    four emulated instances, the gateway and 90 s of a real trace; prints how every tier fared
 #   make up      the same fleet, left running in the background; `make down` ends it
 #   make test    everything that CI runs
-#   make bench   the simulator beside DynoSim, and the time that a decision takes: some ten minutes
-#   make study   how much load each policy holds, in every setting: some 90 minutes; goes on where it was interrupted
+#   make bench   the simulator beside DynoSim, and the time that a decision takes
+#   make study   how much load each policy holds, in every setting: hours; goes on where it was interrupted
 
 VENV ?= .venv
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,$(shell \

@@ -115,6 +115,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("build/policies"))
     options = parser.parse_args()
+    if unknown := sorted({*options.policies.split(",")} - {*OURS, *BASELINES}):
+        parser.error(f"--policies: unknown {unknown[0]!r}; there are: {', '.join((*OURS, *BASELINES))}")
     options.out.mkdir(parents=True, exist_ok=True)
     wanted = cells(options)
     with ProcessPoolExecutor(options.jobs) as pool:

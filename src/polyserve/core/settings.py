@@ -80,9 +80,7 @@ class Settings:
     disaggregated: bool = False
     kv_bandwidth: float = 40e9  # bytes/s from a prefill to a decode instance: four fifths of a 400 Gb/s link
     kv_latency_s: float = 0.002  # of one hand-over, beside its bytes: asking for blocks, and the news
-    prefill_instances: int = (
-        0  # of those that join without a role so many compute prompts; 0: half, until more is known
-    )
+    prefill_instances: int = 0  # so many of those that join without a role compute prompts; 0: half, to begin with
     promise: bool = True  # a place for the answer is kept from the dispatch on; off: found when the prompt is done
     follow_split: bool = True  # instances change role as the load asks for it; off: only where a role has died out
 
