@@ -30,12 +30,13 @@ def written(tmp_path: Path) -> Path:
 def test_a_config_makes_a_plan_that_the_brain_takes(written: Path) -> None:
     written.write_text(GOOD)
     plan = load(written)
-    assert [engine.chunk for engine in plan.engines] == [None, ChunkRule("fixed", 512)]
-    assert plan.default_tier == "slow"
+    model = plan.sole
+    assert [engine.chunk for engine in model.engines] == [None, ChunkRule("fixed", 512)]
+    assert model.default_tier == "slow"
     assert plan.admin == plan.listen
-    assert set(plan.configured.profiles) == {"a100-llama-3-8b", "h200-llama-3-8b"}
-    assert plan.configured.tiers[1].tpot_s == 0.1
-    assert Controller().step(0.0, plan.configured) == []
+    assert set(model.configured.profiles) == {"a100-llama-3-8b", "h200-llama-3-8b"}
+    assert model.configured.tiers[1].tpot_s == 0.1
+    assert Controller().step(0.0, model.configured) == []
 
 
 def test_the_admin_api_is_not_shown_to_the_world_unasked(written: Path) -> None:
@@ -49,9 +50,9 @@ def test_the_admin_api_is_not_shown_to_the_world_unasked(written: Path) -> None:
 
 def test_a_launcher_counts_only_where_it_may_start_something(written: Path) -> None:
     written.write_text(GOOD + "launcher: {kind: local, min: 1, max: 3}\n")
-    assert load(written).launcher is None
-    assert load(written).configured.settings["max_instances"] == 0
-    plan = load(written, launch=True)
+    assert load(written).sole.launcher is None
+    assert load(written).sole.configured.settings["max_instances"] == 0
+    plan = load(written, launch=True).sole
     assert plan.launcher is not None
     assert plan.launcher.profile == "a100-llama-3-8b"
     assert plan.configured.settings["min_instances"] == 3
@@ -59,7 +60,7 @@ def test_a_launcher_counts_only_where_it_may_start_something(written: Path) -> N
 
 
 MISTAKES = {
-    "an unknown key": ("modle: x\n", "modle: unknown key; there are: model, listen"),
+    "an unknown key": ("modle: x\n", "modle: unknown key; there are: aliases, policy, "),
     "an unknown key within": ("limits: {body: 3}\n", "limits.body: unknown key; there are: body_mib"),
     "a wrong type": ("seed: many\n", "seed: input should be a valid integer, not 'many'"),
     "a port out of range": ("listen: {port: 70000}\n", "listen.port: "),
@@ -146,3 +147,53 @@ def test_every_mistake_of_a_file_is_told_at_once(written: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(written)
     assert len(str(caught.value).splitlines()) == 2
+
+
+SEVERAL = """
+profile: a100-llama-3-8b
+tiers:
+  - {name: fast, tpot_ms: 20, ttft_ms: 300}
+settings: {head_walk: 4}
+models:
+  - name: small
+    aliases: [mini]
+    instances: [{id: e0, url: "http://127.0.0.1:9000"}]
+    journal: small.jsonl
+  - name: large
+    profile: h200-llama-3-70b-tp4
+    tiers: [{name: calm, tpot_ms: 100, ttft_ms: 1000}]
+    settings: {head_walk: 8}
+    instances: [{id: e0, url: "http://127.0.0.1:9001"}]
+"""
+
+
+def test_models_share_what_the_top_says_unless_they_say_it_themselves(written: Path) -> None:
+    written.write_text(SEVERAL)
+    small, large = load(written).models
+    assert (small.name, small.aliases, small.default_tier) == ("small", ("mini",), "fast")
+    assert (large.name, large.aliases, large.default_tier) == ("large", (), "calm")
+    assert (list(small.configured.profiles), list(large.configured.profiles)) == (
+        ["a100-llama-3-8b"],
+        ["h200-llama-3-70b-tp4"],
+    )
+    assert (small.configured.settings["head_walk"], large.configured.settings["head_walk"]) == (4, 8)
+
+
+@pytest.mark.parametrize(("old", "new", "line"), [
+    ("models:", "model: x\nmodels:", "model: with `models`, say it of one of them"),
+    ("models:", "journal: j\nmodels:", "journal: with `models`, say it of one of them"),
+    ("name: large", "name: mini", "models: two are called 'mini'; each needs a name of its own"),
+    ("{head_walk: 8}", "{speed: 8}", "models.1.settings: unknown setting 'speed'"),
+    ("h200-llama-3-70b-tp4", "tpu", "models.1.instances.0.profile: unknown profile 'tpu'"),
+    ("tpot_ms: 100", "tpot_ms: 0", "models.1.tiers.0.tpot_ms: "),
+    ("name: large", "nom: large", "models.1.nom: unknown key; there are: aliases, "),
+    ("name: large", "name: large\n    journal: small.jsonl", "models: two write the journal small.jsonl"),
+    ("tiers: [{name: calm", "tiers: [{nom: calm", "models.1.tiers.0.nom: unknown key; there are: name, tpot_ms"),
+    ("[{id: e0, url: \"http://127.0.0.1:9001\"}]", "[]", "models.1.instances: there are none"),
+])  # fmt: skip
+def test_a_mistake_in_one_of_several_models_names_it(written: Path, old: str, new: str, line: str) -> None:
+    assert SEVERAL.count(old) == 1
+    written.write_text(SEVERAL.replace(old, new))
+    with pytest.raises(ConfigError) as caught:
+        load(written)
+    assert any(told.startswith(f"{written}: {line}") for told in str(caught.value).splitlines())

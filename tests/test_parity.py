@@ -52,7 +52,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stage(config: Path) -> Stage:
-    profile, plan = load(PROFILE), configs.load(config, launch=True)
+    profile, plan = load(PROFILE), configs.load(config, launch=True).sole
     workload = draw_requests(
         TRACE,
         rate=RATE,
@@ -63,7 +63,7 @@ def stage(config: Path) -> Stage:
         seed=1,
     )
     optimal_rate = bound.optimal_rate(profile, INSTANCES, workload.mixes())
-    return Stage(TRACE, workload, profile, plan.configured, INSTANCES, plan.model, optimal_rate, seed=1)
+    return Stage(TRACE, workload, profile, plan.configured, INSTANCES, plan.name, optimal_rate, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -402,13 +402,13 @@ def engine(
 
 @app.command()
 def serve(config: Annotated[Path, typer.Argument(help="A YAML file; examples/demo/fleet.yaml is one.")]) -> None:
-    """Serve one model over the instances that the config lists."""
+    """Serve one model or several over the instances that the config lists."""
     _run_gateway(config, launch=False)
 
 
 @app.command()
 def up(config: Annotated[Path, typer.Argument(help="A YAML file; examples/demo/fleet.yaml is one.")]) -> None:
-    """Serve one model, and start and stop the instances of the config's launcher."""
+    """Serve one model or several, and start and stop the instances of the config's launchers."""
     _run_gateway(config, launch=True)
 
 

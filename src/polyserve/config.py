@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import uvloop
 import yaml
@@ -22,9 +22,10 @@ from polyserve.core.settings import SettingError, Settings, policy
 from polyserve.core.types import ChunkRule, Configured, Tier, to_microsecond
 from polyserve.profiles import store
 from polyserve.serve.adapters import chunk_rule
-from polyserve.serve.gateway import Gateway, GatewayError, serve
+from polyserve.serve.house import House, serve
+from polyserve.serve.listener import GatewayError
 from polyserve.serve.pace import BEST_EFFORT, SERVICE_TIERS
-from polyserve.serve.plan import Address, Bounds, EngineKind, EngineSpec, LocalPlan, Order, Plan
+from polyserve.serve.plan import Address, Bounds, EngineKind, EngineSpec, LocalPlan, ModelPlan, Order, Plan
 
 Milliseconds = Annotated[float, Field(gt=0, le=86_400_000, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, strict=True)]
@@ -107,26 +108,23 @@ class LimitsConfig(_Section):
     probe_s: Seconds = 1.0
 
 
-class Config(_Section):
-    """The file as it is written; `plan` is what it means."""
+class ModelKeys(_Section):
+    """What is said of one model: at the top of a file for its only model, else under `models`."""
 
-    model: Annotated[str, Field(min_length=1)]
-    listen: Listen = Listen()
-    admin: Listen | Literal["off"] | None = None
+    aliases: list[Annotated[str, Field(min_length=1)]] = []
     policy: str = "polyserve"
     settings: dict[str, Any] = {}
-    tiers: Annotated[list[TierConfig], Field(min_length=1)]
+    tiers: list[TierConfig] = []
     default_tier: str | None = None
     service_tiers: dict[str, str] = {}
     profile: str | None = None
     instances: list[InstanceConfig] = []
     launcher: LauncherConfig | None = None
     journal: Path | None = None
-    limits: LimitsConfig = LimitsConfig()
     seed: Count = 0
 
     @model_validator(mode="after")
-    def _consistent(self) -> Config:
+    def _consistent(self) -> Self:
         for key, values in (("name", [t.name for t in self.tiers]), ("tpot_ms", [t.tpot_ms for t in self.tiers])):
             if (twice := _twice(values)) is not None:
                 raise ValueError(f"tiers: two tiers have {key} {twice}; each needs its own")
@@ -150,6 +148,59 @@ class Config(_Section):
         return value
 
 
+class ModelConfig(ModelKeys):
+    name: Annotated[str, Field(min_length=1)]
+    tiers: Annotated[list[TierConfig], Field(min_length=1)]
+
+
+# What models have in common unless one says otherwise.
+_SHARED = ("policy", "settings", "tiers", "default_tier", "service_tiers", "profile", "seed")
+# What only one model can have.
+_OWN = ("aliases", "instances", "launcher", "journal")
+
+
+class Config(ModelKeys):
+    """The file as it is written; `plan` is what it means."""
+
+    model: Annotated[str, Field(min_length=1)] | None = None
+    models: list[ModelConfig] = []
+    listen: Listen = Listen()
+    admin: Listen | Literal["off"] | None = None
+    limits: LimitsConfig = LimitsConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share(cls, plain: Any) -> Any:
+        """Hand what the top says down to every model that does not say it itself."""
+        if not isinstance(plain, dict) or not isinstance(models := plain.get("models"), list):
+            return plain
+        shared = {key: plain[key] for key in _SHARED if key in plain}
+        return plain | {"models": [shared | one if isinstance(one, dict) else one for one in models]}
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        if not self.models:
+            if missing := [key for key in ("model", "tiers") if not getattr(self, key)]:
+                raise ValueError(f"{missing[0]}: is missing")
+            return self
+        for key in ("model", *_OWN):
+            if key in self.model_fields_set:
+                raise ValueError(f"{key}: with `models`, say it of one of them")
+        names = [name for one in self.models for name in (one.name, *one.aliases)]
+        if (twice := _twice(names)) is not None:
+            raise ValueError(f"models: two are called {twice!r}; each needs a name of its own")
+        if (twice := _twice([one.journal for one in self.models if one.journal])) is not None:
+            raise ValueError(f"models: two write the journal {twice}; each needs its own")
+        return self
+
+    def each(self) -> dict[str, ModelConfig]:
+        """Every model by the path of its keys in the file."""
+        if self.models:
+            return {f"models.{n}.": one for n, one in enumerate(self.models)}
+        assert self.model is not None, "it was checked"
+        return {"": ModelConfig(name=self.model, **{key: getattr(self, key) for key in ModelKeys.model_fields})}
+
+
 def load(path: str | Path, launch: bool = False) -> Plan:
     """The plan that a config file makes; raises `ConfigError`.
 
@@ -160,29 +211,35 @@ def load(path: str | Path, launch: bool = False) -> Plan:
 
 def plan(config: Config, source: str, launch: bool = False) -> Plan:
     """What a gateway is to do; raises `ConfigError` naming `source`."""
+    listen = Address(config.listen.host, config.listen.port)
+    models = tuple(_model(one, source, prefix, launch) for prefix, one in config.each().items())
+    return Plan(listen=listen, admin=_admin(config, listen), models=models, bounds=_bounds(config.limits))
+
+
+def _model(config: ModelConfig, source: str, prefix: str, launch: bool) -> ModelPlan:
+    """What serves one model; `prefix` is the path of its keys in the file."""
     launcher = config.launcher if launch and config.launcher and config.launcher.kind == "local" else None
     if not config.instances and launcher is None:
         hint = "; `polyserve up` starts those of its launcher" if config.launcher else ""
-        raise ConfigError(f"{source}: instances: there are none, give at least one{hint}")
+        raise ConfigError(f"{source}: {prefix}instances: there are none, give at least one{hint}")
     if launcher is not None and (taken := [i.id for i in config.instances if _STARTED.fullmatch(i.id)]):
-        raise ConfigError(f"{source}: instances: the launcher gives names like {taken[0]!r} itself; choose another")
-    names = [(f"instances.{n}.profile", i.profile) for n, i in enumerate(config.instances)]
-    names += [("launcher.profile", launcher.profile)] if launcher else []
+        raise ConfigError(
+            f"{source}: {prefix}instances: the launcher gives names like {taken[0]!r} itself; choose another"
+        )
+    names = [(f"{prefix}instances.{n}.profile", i.profile) for n, i in enumerate(config.instances)]
+    names += [(f"{prefix}launcher.profile", launcher.profile)] if launcher else []
     profiles = {key: _profile(source, key, name or config.profile) for key, name in names}
-    listen = Address(config.listen.host, config.listen.port)
-    return Plan(
-        model=config.model,
-        listen=listen,
-        admin=_admin(config, listen),
-        configured=_configured(config, source, launcher, profiles),
+    return ModelPlan(
+        name=config.name,
+        configured=_configured(config, source, prefix, launcher, profiles),
         default_tier=config.default_tier or max(config.tiers, key=lambda tier: tier.tpot_ms).name,
         service_tiers=config.service_tiers,
         engines=tuple(
             _spec(instance, profiles[key].name) for instance, (key, _) in zip(config.instances, names, strict=False)
         ),
+        aliases=tuple(config.aliases),
         launcher=None if launcher is None else _local(launcher, config),
         journal=config.journal,
-        bounds=_bounds(config.limits),
     )
 
 
@@ -191,11 +248,11 @@ def run_gateway(config_path: str | Path, launch: bool) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     made = load(config_path, launch)
 
-    def say(gateway: Gateway, port: int) -> None:
+    def say(house: House, port: int) -> None:
         # What is there now stays: no collection need walk it again, which would hold every stream up.
         gc.collect()
         gc.freeze()
-        print(f"polyserve: {gateway.model} on http://{made.listen.host}:{port}/v1", flush=True)
+        print(f"polyserve: {', '.join(house.gateways)} on http://{made.listen.host}:{port}/v1", flush=True)
 
     uvloop.run(serve(made, say))
 
@@ -210,7 +267,7 @@ def _read(path: Path) -> Config:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {_in_one_line(error)}") from None
     if not isinstance(plain, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys; `model` and `tiers` are needed")
+        raise ConfigError(f"{path}: a config is a mapping of keys; `model` (or `models`) and `tiers` are needed")
     try:
         return Config.model_validate(plain)
     except ValidationError as error:
@@ -261,6 +318,8 @@ def _section(where: list[str]) -> type[BaseModel]:
         "launcher": LauncherConfig,
         "limits": LimitsConfig,
     }
+    if where[:1] == ["models"]:
+        return sections.get(where[2], ModelConfig) if len(where) > 2 else ModelConfig
     return sections.get(where[0], Config) if where else Config
 
 
@@ -279,7 +338,7 @@ def _profile(source: str, key: str, name: str | None) -> Profile:
 
 
 def _configured(
-    config: Config, source: str, launcher: LauncherConfig | None, profiles: dict[str, Profile]
+    config: ModelConfig, source: str, prefix: str, launcher: LauncherConfig | None, profiles: dict[str, Profile]
 ) -> Configured:
     """What the brain is told first."""
     values = dict(config.settings)
@@ -293,10 +352,10 @@ def _configured(
         settings: Settings = policy(config.policy, values)
     except SettingError as error:
         key = "policy" if "policy" in str(error) else "settings"
-        raise ConfigError(f"{source}: {key}: {error}") from None
+        raise ConfigError(f"{source}: {prefix}{key}: {error}") from None
     if settings.disaggregated:
         raise ConfigError(
-            f"{source}: settings: disaggregated: PD is simulated only (polyserve simulate --pd); leave it"
+            f"{source}: {prefix}settings: disaggregated: PD is simulated only (polyserve simulate --pd); leave it"
         )
     tiers = tuple(
         Tier(
@@ -337,12 +396,12 @@ def _spec(instance: InstanceConfig, profile: str) -> EngineSpec:
     )
 
 
-def _local(launcher: LauncherConfig, config: Config) -> LocalPlan:
+def _local(launcher: LauncherConfig, config: ModelConfig) -> LocalPlan:
     name = launcher.profile or config.profile
     assert name is not None, "the profile was loaded"
     return LocalPlan(
         profile=name,
-        command=tuple(part.replace("{model}", config.model) for part in launcher.command),
+        command=tuple(part.replace("{model}", config.name) for part in launcher.command),
         environment=launcher.environment,
         start_timeout_s=launcher.start_timeout_s,
         stop_timeout_s=launcher.stop_timeout_s,

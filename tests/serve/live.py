@@ -12,7 +12,9 @@ import aiohttp
 import openai
 
 from polyserve.config import Config, plan
-from polyserve.serve.gateway import Gateway, Server, bound, running
+from polyserve.serve.gateway import Gateway
+from polyserve.serve.house import House, running
+from polyserve.serve.listener import Server, bound
 from polyserve.serve.plan import Plan
 
 PROFILE = "a100-llama-3-8b"
@@ -38,10 +40,15 @@ def make_plan(urls: Sequence[str], **values: Any) -> Plan:
 class Live:
     """A gateway that listens, and clients for it."""
 
-    gateway: Gateway
+    house: House
     url: str
     http: aiohttp.ClientSession
     openai: openai.AsyncOpenAI
+
+    @property
+    def gateway(self) -> Gateway:
+        """That of the only model, or of the first."""
+        return next(iter(self.house.gateways.values()))
 
     async def ready(self, instances: int = 1) -> None:
         """Wait until so many instances take requests."""
@@ -73,14 +80,14 @@ async def listening(plan: Plan) -> AsyncIterator[Live]:
     """A gateway at work on a free port."""
     plan = replace(plan, listen=replace(plan.listen, port=0), admin=replace(plan.listen, port=0))
     listener = bound(plan.listen)
-    async with running(plan) as gateway:
-        server = Server(gateway.front, plan.bounds.shutdown_s)
+    async with running(plan) as house:
+        server = Server(house.front, plan.bounds.shutdown_s)
         serving = asyncio.create_task(server.serve([listener]))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         try:
             async with aiohttp.ClientSession() as http, client:
-                yield Live(gateway, url, http, client)
+                yield Live(house, url, http, client)
         finally:
             server.should_exit = True
             await serving

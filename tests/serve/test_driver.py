@@ -11,7 +11,7 @@ from live import make_plan, until
 from polyserve.core.types import Action, Arrived, Cancelled, Configured, Event, Refuse, Request, Tick
 from polyserve.serve.driver import LONGEST_INBOX, STEPS_PER_TURN, Driver
 
-CONFIGURED: Configured = make_plan(["http://127.0.0.1:1"]).configured
+CONFIGURED: Configured = make_plan(["http://127.0.0.1:1"]).sole.configured
 
 
 class Script:

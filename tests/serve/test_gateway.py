@@ -129,10 +129,10 @@ async def test_two_requests_under_one_id_are_both_served() -> None:
 
 async def test_the_estimate_of_prompt_tokens_learns_from_usage() -> None:
     async with over(FakeEngine(prompt_tokens=1000)) as live:
-        before = live.gateway.front.estimator.bytes_per_token
+        before = live.gateway.estimator.bytes_per_token
         for _ in range(5):
             await post(live, {"model": "tiny", "messages": [{"role": "user", "content": "x" * 2000}]})
-        assert live.gateway.front.estimator.bytes_per_token < before * 0.8
+        assert live.gateway.estimator.bytes_per_token < before * 0.8
 
 
 # ------------------------------------------------------------------------------------------------- bad input
@@ -515,11 +515,11 @@ async def test_what_operators_read_is_there() -> None:
         async with live.http.get(f"{live.url}/metrics") as answer:
             text = await answer.text()
         for line in (
-            'polyserve_requests_total{outcome="ok",tier="fast"} 1.0',
-            'polyserve_slo_attained_total{tier="fast"} 1.0',
-            'polyserve_request_ttft_seconds_count{tier="fast"} 1.0',
-            'polyserve_instances{state="ready",tier="fast"} 1.0',
-            'polyserve_queue_size{tier="slow"} 0.0',
+            'polyserve_requests_total{model="tiny",outcome="ok",tier="fast"} 1.0',
+            'polyserve_slo_attained_total{model="tiny",tier="fast"} 1.0',
+            'polyserve_request_ttft_seconds_count{model="tiny",tier="fast"} 1.0',
+            'polyserve_instances{model="tiny",state="ready",tier="fast"} 1.0',
+            'polyserve_queue_size{model="tiny",tier="slow"} 0.0',
         ):
             assert line in text
         async with live.http.get(f"{live.url}/admin/fleet") as answer:

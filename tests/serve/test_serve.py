@@ -17,7 +17,9 @@ import pytest
 from fake_engine import FakeEngine
 from live import make_plan, until
 
-from polyserve.serve.gateway import Gateway, GatewayError, serve
+from polyserve.serve.gateway import Gateway
+from polyserve.serve.house import House, serve
+from polyserve.serve.listener import GatewayError
 from polyserve.serve.plan import Address, Plan
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": True}
@@ -38,8 +40,8 @@ class Served:
         self.gateway: Gateway | None = None
         self.task = asyncio.create_task(serve(plan, self._ready))
 
-    def _ready(self, gateway: Gateway, port: int) -> None:
-        self.gateway = gateway
+    def _ready(self, house: House, port: int) -> None:
+        (self.gateway,) = house.gateways.values()
 
     async def ready(self) -> Gateway:
         await until(lambda: self.gateway is not None and self.gateway.fleet.ready)
@@ -122,6 +124,6 @@ async def test_a_port_that_is_taken_is_said_in_one_line() -> None:
 
 
 async def test_a_journal_that_cannot_be_written_is_said_in_one_line(tmp_path: Any) -> None:
-    plan = replace(make_plan(["http://127.0.0.1:1"]), journal=tmp_path, listen=Address("127.0.0.1", 0))
+    plan = replace(make_plan(["http://127.0.0.1:1"], journal=tmp_path), listen=Address("127.0.0.1", 0))
     with pytest.raises(GatewayError, match=r"journal .*: cannot be written: Is a directory"):
         await serve(plan)

@@ -106,7 +106,7 @@ async def test_a_fleet_comes_up_serves_each_pace_and_leaves_nothing_behind(tmp_p
         answers = await asyncio.gather(*asked)
         assert answers == [("fast", 30)] * 4 + [("slow", 30)] * 4
         metrics = await running.get("/metrics")
-        assert 'polyserve_requests_total{outcome="ok",tier="fast"} 4.0' in metrics
+        assert 'polyserve_requests_total{model="llama",outcome="ok",tier="fast"} 4.0' in metrics
         kinds = {instance["engine"] for instance in (await running.get("/admin/fleet"))["instances"]}
         assert kinds == {"emulator"}
         running.process.send_signal(signal.SIGTERM)

@@ -77,7 +77,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 def _up(console: Console, config: Path, run: Path, patience_s: float) -> None:
     """Leave the fleet running, and say how to talk to it."""
-    plan = configs.load(config, launch=True)
+    plan = configs.load(config, launch=True).sole
     fleet = Fleet.running(run)
     if fleet is not None:
         console.print(f"already running at {fleet.url}/v1; `make down` ends it\n")
@@ -92,7 +92,7 @@ def _up(console: Console, config: Path, run: Path, patience_s: float) -> None:
         console.print(f"running at {fleet.url}/v1, log in {run / 'fleet.log'}; `make down` ends it\n")
     for title, text in (("with curl:", CURL), ("with the openai SDK (in .venv it is installed):", SDK)):
         console.print(title, style="bold")
-        print(f"\n{text.format(url=fleet.url, model=plan.model)}\n")
+        print(f"\n{text.format(url=fleet.url, model=plan.name)}\n")
     console.print(f"what it decides: curl {fleet.url}/admin/fleet and {fleet.url}/admin/decisions")
 
 

@@ -112,7 +112,7 @@ def run_demo(console: Console, config: Path, run: Path, seconds: float, seed: in
 
 def prepare(config: Path, seconds: float, seed: int) -> Stage:
     """Draw the requests that load the config's fleet to `OF_OPTIMAL` of what it can do at best."""
-    plan = configs.load(config, launch=True)
+    plan = configs.load(config, launch=True).sole
     assert plan.launcher is not None, "the demo's config launches its engines"
     instances = instances_of(plan.configured)
     profile, trace = load(plan.launcher.profile), read_trace(TRACE)
@@ -135,7 +135,7 @@ def prepare(config: Path, seconds: float, seed: int) -> Stage:
             low = math.sqrt(low * high)
         else:
             high = math.sqrt(low * high)
-    return Stage(trace, workload, profile, plan.configured, instances, plan.model, optimal, seed)
+    return Stage(trace, workload, profile, plan.configured, instances, plan.name, optimal, seed)
 
 
 # -------------------------------------------------------------------------------------------------------------- live

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import msgspec
 from starlette.applications import Starlette
@@ -13,13 +13,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import polyserve
-from polyserve.core.types import InstanceId, Tier
+from polyserve.core.types import Tier
 from polyserve.serve.adapters import KINDS, chunk_rule
-from polyserve.serve.app import RESTART_S
+from polyserve.serve.app import RESTART_S, no_model
 from polyserve.serve.errors import ApiError
-from polyserve.serve.fleet import Fleet, Node
-from polyserve.serve.metrics import DECISIONS_KEPT, Decisions, Metrics
-from polyserve.serve.plan import EngineSpec
+from polyserve.serve.fleet import Node
+from polyserve.serve.gateway import Gateway
+from polyserve.serve.metrics import DECISIONS_KEPT
+from polyserve.serve.plan import EngineKind, EngineSpec
 
 
 class Reply(Response):
@@ -30,23 +31,14 @@ class Reply(Response):
 
 
 class House(Protocol):
-    """What the admin API may do to the gateway."""
+    """What is served here, as this API sees it."""
 
-    fleet: Fleet
-    decisions: Decisions
-    metrics: Metrics
-    tiers: tuple[Tier, ...]
-    profiles: tuple[str, ...]
-    model: str
+    gateways: dict[str, Gateway]
     created: int
 
     def accepting(self) -> bool: ...
 
-    def join(self, spec: EngineSpec) -> None: ...
-
-    def drain(self, instance: InstanceId) -> None: ...
-
-    async def remove(self, instance: InstanceId) -> None: ...
+    def metrics_text(self) -> bytes: ...
 
 
 def public(house: House, with_admin: bool) -> Starlette:
@@ -66,13 +58,10 @@ def _application(routes: list[Route]) -> Starlette:
 
 def _public_routes(house: House) -> list[Route]:
     async def models(request: Request) -> Response:
-        model = {"id": house.model, "object": "model", "created": house.created, "owned_by": "polyserve"}
-        return Reply({"object": "list", "data": [model]})
+        return Reply({"object": "list", "data": [_model(house, name) for name in _names(house)]})
 
     async def model(request: Request) -> Response:
-        if request.path_params["model"] != house.model:
-            raise ApiError(404, "model_not_found", f"there is one model here: {house.model!r}", "model")
-        return Reply({"id": house.model, "object": "model", "created": house.created, "owned_by": "polyserve"})
+        return Reply(_model(house, request.path_params["model"]))
 
     async def health(request: Request) -> Response:
         return Reply({"status": "ok"})
@@ -80,12 +69,13 @@ def _public_routes(house: House) -> list[Route]:
     async def ready(request: Request) -> Response:
         if not house.accepting():
             raise ApiError(503, "shutting_down", "the gateway is shutting down", retry_after_s=RESTART_S)
-        if not house.fleet.ready:
+        ready = {model: gateway.fleet.ready for model, gateway in house.gateways.items()}
+        if not any(ready.values()):
             raise ApiError(503, "no_instances", "no instance is ready", retry_after_s=1.0)
-        return Reply({"status": "ready"})
+        return Reply({"status": "ready", "models": ready})
 
     async def metrics(request: Request) -> Response:
-        return Response(house.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(house.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def version(request: Request) -> Response:
         return Reply({"version": polyserve.__version__})
@@ -102,31 +92,34 @@ def _public_routes(house: House) -> list[Route]:
 
 def _admin_routes(house: House) -> list[Route]:
     async def fleet(request: Request) -> Response:
-        return Reply({"instances": [_shown(node) for node in house.fleet]})
+        shown = [_shown(gateway, node) for gateway in _asked(house, request) for node in gateway.fleet]
+        return Reply({"instances": shown})
 
     async def decisions(request: Request) -> Response:
         limit = request.query_params.get("limit", "100")
         if not re.fullmatch(r"\d{1,6}", limit):
             raise ApiError(400, "invalid_limit", f"limit is a number up to {DECISIONS_KEPT}, not {limit!r}", "limit")
-        return Reply({"decisions": house.decisions.last(int(limit))})
+        return Reply({"decisions": _latest(_asked(house, request), int(limit))})
 
     async def tiers(request: Request) -> Response:
-        return Reply({"tiers": [_tier(tier) for tier in house.tiers]})
+        return Reply({"tiers": [_tier(gateway, tier) for gateway in _asked(house, request) for tier in gateway.tiers]})
 
     async def join(request: Request) -> Response:
-        spec = _spec(await request.body(), house.profiles)
-        if house.fleet.get(spec.id) is not None:
+        gateway, spec = _joining(house, await request.body())
+        if gateway.fleet.get(spec.id) is not None:
             raise ApiError(409, "instance_exists", f"there is an instance {spec.id!r} already", "id")
-        house.join(spec)
-        return Reply({"id": spec.id}, status_code=202)
+        gateway.join(spec)
+        return Reply({"id": spec.id, "model": gateway.model}, status_code=202)
 
     async def remove(request: Request) -> Response:
-        await house.remove(_node(house, request).id)
+        gateway, node = _node(house, request)
+        await gateway.remove(node.id)
         return Response(status_code=204)
 
     async def drain(request: Request) -> Response:
-        house.drain(_node(house, request).id)
-        return Reply({"id": request.path_params["id"], "state": "draining"}, status_code=202)
+        gateway, node = _node(house, request)
+        gateway.drain(node.id)
+        return Reply({"id": node.id, "model": gateway.model, "state": "draining"}, status_code=202)
 
     return [
         Route("/admin/fleet", fleet),
@@ -138,17 +131,62 @@ def _admin_routes(house: House) -> list[Route]:
     ]
 
 
-def _node(house: House, request: Request) -> Node:
-    node = house.fleet.get(request.path_params["id"])
-    if node is None:
-        there = ", ".join(known.id for known in house.fleet) or "none"
-        raise ApiError(404, "unknown_instance", f"no instance {request.path_params['id']!r}; there are: {there}", "id")
-    return node
+def _names(house: House) -> list[str]:
+    """What clients may call a model, aliases too."""
+    return [name for model, gateway in house.gateways.items() for name in (model, *gateway.plan.aliases)]
 
 
-def _shown(node: Node) -> dict[str, Any]:
+def _model(house: House, name: str) -> dict[str, Any]:
+    if name not in (there := _names(house)):
+        raise no_model(name, there)
+    return {"id": name, "object": "model", "created": house.created, "owned_by": "polyserve"}
+
+
+def _asked(house: House, request: Request) -> list[Gateway]:
+    """The gateways that `?model=` names; all without it."""
+    name = request.query_params.get("model")
+    return list(house.gateways.values()) if name is None else [_gateway(house, name)]
+
+
+def _gateway(house: House, name: str | None) -> Gateway:
+    """The gateway of a model; where there is only one model it need not be named."""
+    if name is None and len(house.gateways) == 1:
+        return next(iter(house.gateways.values()))
+    if name is None:
+        there = ", ".join(house.gateways)
+        raise ApiError(400, "missing_field", f"field 'model' is missing; there are: {there}", "model")
+    if name not in house.gateways:
+        raise no_model(name, house.gateways)
+    return house.gateways[name]
+
+
+def _node(house: House, request: Request) -> tuple[Gateway, Node]:
+    name = request.path_params["id"]
+    gateways = _asked(house, request)
+    found = [(gateway, node) for gateway in gateways if (node := gateway.fleet.get(name)) is not None]
+    if not found:
+        there = ", ".join(known.id for gateway in gateways for known in gateway.fleet) or "none"
+        raise ApiError(404, "unknown_instance", f"no instance {name!r}; there are: {there}", "id")
+    if len(found) > 1:
+        models = ", ".join(gateway.model for gateway, _ in found)
+        raise ApiError(400, "missing_field", f"{name!r} is an instance of {models}: say which, ?model=NAME", "model")
+    return found[0]
+
+
+def _latest(gateways: list[Gateway], limit: int) -> list[dict[str, Any]]:
+    """The last decisions of several brains, the latest first."""
+    told = [
+        (gateway.driver.epoch + one["at"], {"model": gateway.model, **one})
+        for gateway in gateways
+        for one in gateway.decisions.last(limit)
+    ]
+    return [one for _, one in sorted(told, key=lambda pair: pair[0], reverse=True)[:limit]]
+
+
+def _shown(gateway: Gateway, node: Node) -> dict[str, Any]:
     load = node.load
     return {
+        "model": gateway.model,
         "id": node.id,
         "url": node.spec.url,
         "state": node.state,
@@ -164,8 +202,9 @@ def _shown(node: Node) -> dict[str, Any]:
     }
 
 
-def _tier(tier: Tier) -> dict[str, Any]:
+def _tier(gateway: Gateway, tier: Tier) -> dict[str, Any]:
     return {
+        "model": gateway.model,
         "name": tier.name,
         "tpot_ms": round(tier.tpot_s * 1e3, 3),
         "ttft_ms": round(tier.ttft_s * 1e3, 3),
@@ -180,21 +219,23 @@ class _Join(msgspec.Struct, forbid_unknown_fields=True):
 
     id: str
     url: str
+    model: str | None = None
     profile: str | None = None
     kind: str = "auto"
     chunk: str | None = None
     send_priority: bool = False
 
 
-def _spec(raw: bytes, profiles: tuple[str, ...]) -> EngineSpec:
+def _joining(house: House, raw: bytes) -> tuple[Gateway, EngineSpec]:
     try:
         body = msgspec.json.decode(raw, type=_Join)
         chunk = None if body.chunk is None else chunk_rule(body.chunk)
     except (msgspec.MsgspecError, ValueError) as error:
         raise ApiError(400, "invalid_instance", f"the body is no instance: {error}") from None
-    profile = body.profile if body.profile is not None else profiles[0]
-    if profile not in profiles:
-        there = ", ".join(profiles)
+    gateway = _gateway(house, body.model)
+    profile = body.profile if body.profile is not None else gateway.profiles[0]
+    if profile not in gateway.profiles:
+        there = ", ".join(gateway.profiles)
         raise ApiError(400, "unknown_profile", f"profile {profile!r} is not configured; there are: {there}", "profile")
     if not re.fullmatch(r"https?://[^\s/]+\S*", body.url):
         raise ApiError(400, "invalid_url", f"url is http://HOST:PORT, not {body.url!r}", "url")
@@ -202,7 +243,8 @@ def _spec(raw: bytes, profiles: tuple[str, ...]) -> EngineSpec:
         raise ApiError(400, "invalid_id", f"id is up to 63 letters, digits, dots and dashes, not {body.id!r}", "id")
     if body.kind not in ("auto", *KINDS):
         raise ApiError(400, "invalid_kind", f"kind is one of auto, {', '.join(KINDS)}, not {body.kind!r}", "kind")
-    return EngineSpec(body.id, body.url, profile, body.kind, chunk, send_priority=body.send_priority)  # type: ignore[arg-type]
+    kind = cast(EngineKind, body.kind)
+    return gateway, EngineSpec(body.id, body.url, profile, kind, chunk, send_priority=body.send_priority)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

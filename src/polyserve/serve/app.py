@@ -7,19 +7,17 @@ import contextlib
 import logging
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from time import monotonic
 from typing import Any, Protocol
 
 from polyserve.core.types import Request
 from polyserve.serve import ask as asks
-from polyserve.serve.ask import Ask, Endpoint
-from polyserve.serve.driver import Driver
+from polyserve.serve.ask import Endpoint
 from polyserve.serve.errors import ApiError
-from polyserve.serve.estimate import TokenEstimator
 from polyserve.serve.fleet import PATHS, Fleet
+from polyserve.serve.gateway import Gateway
 from polyserve.serve.inflight import Inflight, Ticket
-from polyserve.serve.metrics import Metrics
-from polyserve.serve.pace import Paces
 from polyserve.serve.plan import Bounds
 from polyserve.serve.upstream import Exchange, Send
 
@@ -46,26 +44,10 @@ class App(Protocol):
 class Front:
     """The ASGI application of the gateway's listener."""
 
-    def __init__(
-        self,
-        model: str,
-        paces: Paces,
-        bounds: Bounds,
-        driver: Driver,
-        fleet: Fleet,
-        inflight: Inflight,
-        metrics: Metrics,
-        beside: App,
-    ) -> None:
-        self._model = model
-        self._paces = paces
+    def __init__(self, gateways: Sequence[Gateway], bounds: Bounds, beside: App) -> None:
         self._bounds = bounds
-        self._driver = driver
-        self._fleet = fleet
-        self._inflight = inflight
-        self._metrics = metrics
         self._beside = beside
-        self.estimator = TokenEstimator()
+        self._gateways = {name: gateway for gateway in gateways for name in (gateway.model, *gateway.plan.aliases)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = _ENDPOINTS.get(scope["path"]) if scope["type"] == "http" else None
@@ -86,40 +68,41 @@ class Front:
     async def _complete(
         self, endpoint: Endpoint, headers: Mapping[bytes, bytes], client_id: bytes, receive: Receive, send: Send
     ) -> None:
-        arrived_at = self._driver.now()
+        arrived_at = monotonic()
         raw = await _body(headers, receive, self._bounds.body_bytes)
         if raw is None:
             return
         ask = asks.parse(endpoint, raw)
-        if ask.model != self._model:
-            message = f"the model {ask.model!r} does not exist here; there is: {self._model!r}"
-            raise ApiError(404, "model_not_found", message, "model")
+        gateway = self._gateways.get(ask.model)
+        if gateway is None:
+            raise no_model(ask.model, self._gateways)
         request = Request(
-            id=self._internal_id(client_id),
-            arrived_at=arrived_at,
-            prompt_tokens=self.estimator.estimate(ask),
-            slo=self._paces.asked(headers, ask.body),
+            id=_internal_id(client_id, gateway.inflight),
+            arrived_at=gateway.driver.at(arrived_at),
+            prompt_tokens=gateway.estimator.estimate(ask),
+            slo=gateway.paces.asked(headers, ask.body),
             max_tokens=ask.max_tokens,
             n=ask.n,
         )
-        ticket = self._inflight.open(request, client_id)
+        ticket = gateway.inflight.open(request, client_id)
         if ticket is None:
             raise ApiError(429, "queue_full", "too many requests are open", retry_after_s=1.0)
-        exchange = Exchange(ticket, ask, headers, send, self._driver)
+        exchange = Exchange(ticket, ask, headers, send, gateway.driver)
         watch = asyncio.get_running_loop().create_task(_watch(receive, ticket))
         try:
-            await self._answer(exchange, watch)
+            await self._answer(exchange, gateway.fleet, watch)
         finally:
             watch.cancel()
             ticket.close()
-            self._metrics.answered(ticket)
-            self._learn(ask, exchange)
+            gateway.metrics.answered(ticket)
+            if exchange.usage is not None:
+                gateway.estimator.learn(ask, exchange.usage.prompt_tokens)
 
-    async def _answer(self, exchange: Exchange, watch: asyncio.Task[None]) -> None:
+    async def _answer(self, exchange: Exchange, fleet: Fleet, watch: asyncio.Task[None]) -> None:
         """Run an exchange to its end, whatever ends it; raises `ApiError` as long as a status can still tell it."""
         ticket = exchange.ticket
         try:
-            await exchange.run(self._fleet, self._bounds.attempts)
+            await exchange.run(fleet, self._bounds.attempts)
         except ApiError:
             raise
         except asyncio.CancelledError:
@@ -136,14 +119,17 @@ class Front:
             log.exception("request %s failed", ticket.request.id)
             await exchange.give_up(ApiError(500, "internal_error", "the gateway failed; its log says how"))
 
-    def _internal_id(self, client_id: bytes) -> str:
-        """The client's id, made unique: the brain and the engines know requests by it."""
-        name = client_id.decode()
-        return f"{name}-{uuid.uuid4().hex[:8]}" if name in self._inflight else name
 
-    def _learn(self, ask: Ask, exchange: Exchange) -> None:
-        if exchange.usage is not None:
-            self.estimator.learn(ask, exchange.usage.prompt_tokens)
+def no_model(name: str, there: Iterable[str]) -> ApiError:
+    """What a client is told who asks for a model that is not here."""
+    message = f"the model {name!r} does not exist here; there are: {', '.join(map(repr, there))}"
+    return ApiError(404, "model_not_found", message, "model")
+
+
+def _internal_id(client_id: bytes, inflight: Inflight) -> str:
+    """The client's id, made unique: the brain and the engines know requests by it."""
+    name = client_id.decode()
+    return f"{name}-{uuid.uuid4().hex[:8]}" if name in inflight else name
 
 
 async def send_error(send: Send, error: ApiError, client_id: bytes) -> None:

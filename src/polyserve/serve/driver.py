@@ -79,6 +79,10 @@ class Driver:
             self._now = now
         return self._now
 
+    def at(self, monotonic_s: float) -> float:
+        """When something happened on the brain's clock, from `time.monotonic`."""
+        return max(0.0, to_microsecond(monotonic_s - self.epoch))
+
     def post(self, event: Event) -> None:
         """Tell the brain what has happened."""
         self._inbox.append(event)

@@ -86,7 +86,7 @@ class Node:
         self._told_at = float("-inf")
         self._driver = driver
         self._session = session
-        self._model = model
+        self.model = model
         self._probe_s = probe_s
         self._on_end = on_end
         self._tasks: set[asyncio.Task[None]] = set()
@@ -204,8 +204,8 @@ class Node:
         if engine is None:
             return SILENT
         models = await engine.models()
-        if models and self._model not in models:  # it would refuse every request, and so fast that it got most
-            return f"serves {', '.join(map(repr, models))}, not {self._model!r}"
+        if models and self.model not in models:  # it would refuse every request, and so fast that it got most
+            return f"serves {', '.join(map(repr, models))}, not {self.model!r}"
         try:
             facts = await engine.facts()
             instance = _instance(self.spec, engine, facts)

@@ -1,21 +1,13 @@
-"""The gateway as a whole: wiring, the brain's actions carried out, listeners, and an orderly end."""
+"""One model's gateway: wiring, the brain's actions carried out, and an orderly end."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import math
-import signal
-import socket
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from pathlib import Path
+from collections.abc import Coroutine
 from typing import IO, Any, assert_never
 
 import aiohttp
-import uvicorn
 
 from polyserve.core.controller import Controller
 from polyserve.core.profile import Profile
@@ -48,9 +40,8 @@ from polyserve.core.types import (
     Tier,
 )
 from polyserve.progress import REPORT_EVERY_S
-from polyserve.serve import admin
-from polyserve.serve.app import Front
 from polyserve.serve.driver import Driver
+from polyserve.serve.estimate import TokenEstimator
 from polyserve.serve.fleet import Fleet
 from polyserve.serve.inflight import Inflight
 from polyserve.serve.launchers import Launcher, LaunchError
@@ -58,27 +49,22 @@ from polyserve.serve.launchers.local import LocalLauncher
 from polyserve.serve.launchers.static import StaticLauncher
 from polyserve.serve.metrics import Books, Decisions, Metrics
 from polyserve.serve.pace import Paces
-from polyserve.serve.plan import Address, EngineSpec, Plan
+from polyserve.serve.plan import Bounds, EngineSpec, ModelPlan
 
 log = logging.getLogger(__name__)
 
-# Engines close idle connections after 5 s (uvicorn's default); ours are given up before that.
-KEEP_ALIVE_S = 4.0
 SILENCE_LOOK_S = 5.0
-BACKLOG = 4096
-
-
-class GatewayError(Exception):
-    """The gateway cannot start; the message says why in one line."""
 
 
 class Gateway:
-    """One model's gateway; made and used inside a running event loop, by `running`."""
+    """What serves one model: its brain, its engines, and the requests between them."""
 
-    def __init__(self, plan: Plan, session: aiohttp.ClientSession, journal: IO[bytes] | None) -> None:
+    def __init__(
+        self, plan: ModelPlan, bounds: Bounds, session: aiohttp.ClientSession, journal: IO[bytes] | None
+    ) -> None:
         self.plan = plan
-        self.model = plan.model
-        self.created = int(time.time())
+        self.bounds = bounds
+        self.model = plan.name
         self.tiers: tuple[Tier, ...] = plan.configured.tiers
         self.profiles = tuple(plan.configured.profiles)
         self.metrics = Metrics()
@@ -87,22 +73,12 @@ class Gateway:
         self._closing = False
         brain = Controller()
         self.driver = Driver(brain, plan.configured, self._act, self._observe, journal)
-        self.inflight = Inflight(self.driver, plan.bounds.open_requests)
-        self.fleet = Fleet(self.driver, session, plan.model, plan.bounds.probe_s, plan.bounds.connect_s, self._ended)
+        self.inflight = Inflight(self.driver, bounds.open_requests)
+        self.fleet = Fleet(self.driver, session, plan.name, bounds.probe_s, bounds.connect_s, self._ended)
         self.decisions = Decisions(brain, self.inflight)
         self.metrics.registry.register(Books(brain, self.fleet, self.inflight, self.driver.now))
-        shared = plan.admin is not None and plan.admin == plan.listen
-        self.front = Front(
-            plan.model,
-            Paces(self.tiers, plan.service_tiers, plan.default_tier),
-            plan.bounds,
-            self.driver,
-            self.fleet,
-            self.inflight,
-            self.metrics,
-            admin.public(self, with_admin=shared),
-        )
-        self.admin = admin.admin(self)
+        self.paces = Paces(self.tiers, plan.service_tiers, plan.default_tier)
+        self.estimator = TokenEstimator()
 
     def __repr__(self) -> str:
         return f"<gateway for {self.model}: {self.fleet!r}, {self.inflight!r}>"
@@ -224,7 +200,7 @@ class Gateway:
             self.fleet.report(self.driver.post)
 
     async def _watch_silence(self) -> None:
-        bound_s = self.plan.bounds.silence_s
+        bound_s = self.bounds.silence_s
         while True:
             await asyncio.sleep(min(SILENCE_LOOK_S, bound_s))
             now = self.driver.now()
@@ -234,7 +210,7 @@ class Gateway:
                         ticket.interrupt("silent")
 
 
-def _warm_up(plan: Plan) -> None:
+def _warm_up(plan: ModelPlan) -> None:
     """Let a throwaway brain decide once: its loops are compiled, or loaded, at the first decision they make."""
     brain = Controller()
     brain.step(0.0, plan.configured)
@@ -249,7 +225,7 @@ def _warm_up(plan: Plan) -> None:
         brain.step(0.0, event)
 
 
-def _say_what_is_too_slow(plan: Plan) -> None:
+def _say_what_is_too_slow(plan: ModelPlan) -> None:
     """Name the tiers that will get no instance of a profile, however empty it is."""
     for name, plain in plan.configured.profiles.items():
         profile = Profile.from_dict(plain)
@@ -262,118 +238,3 @@ def _say_what_is_too_slow(plan: Plan) -> None:
                     1e3 * profile.tightest_pace_s,
                     1e3 * tier.tpot_s,
                 )
-
-
-@contextlib.asynccontextmanager
-async def running(plan: Plan) -> AsyncIterator[Gateway]:
-    """A gateway at work, without listeners; raises `GatewayError`."""
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=plan.bounds.connect_s)
-    async with aiohttp.ClientSession(
-        connector=connector, timeout=timeout, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
-    ) as session:
-        with _journal(plan.journal) as journal:
-            gateway = Gateway(plan, session, journal)
-            gateway.open()
-            try:
-                yield gateway
-            finally:
-                await gateway.close()
-
-
-@contextlib.contextmanager
-def _journal(path: Path | None) -> Iterator[IO[bytes] | None]:
-    if path is None:
-        yield None
-        return
-    try:
-        file = path.open("wb")
-    except OSError as error:
-        raise GatewayError(f"journal {path}: cannot be written: {error.strerror}") from None
-    with file:
-        yield file
-
-
-class Server(uvicorn.Server):
-    """One listener; signals are the business of `serve`."""
-
-    def __init__(self, app: Any, shutdown_s: float) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                log_level=logging.WARNING,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                backlog=BACKLOG,
-                timeout_graceful_shutdown=math.ceil(shutdown_s),
-            )
-        )
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def bound(address: Address) -> socket.socket:
-    """A socket that listens there; raises `GatewayError`."""
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((address.host, address.port))
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise GatewayError(f"cannot listen on {address.host}:{address.port}: {error.strerror or error}") from None
-    return listener
-
-
-async def serve(plan: Plan, on_ready: Callable[[Gateway, int], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT, then let streams end; raises `GatewayError`.
-
-    `on_ready` is told of the gateway and of the port it listens on.
-    """
-    apart = plan.admin if plan.admin != plan.listen else None
-    async with contextlib.AsyncExitStack() as stack:
-        listener = stack.enter_context(bound(plan.listen))
-        admin_listener = stack.enter_context(bound(apart)) if apart is not None else None
-        gateway = await stack.enter_async_context(running(plan))
-        front = Server(gateway.front, plan.bounds.shutdown_s)
-        serving = [asyncio.create_task(front.serve([listener]))]
-        servers = [front]
-        if admin_listener is not None:
-            servers.append(Server(gateway.admin, plan.bounds.shutdown_s))
-            serving.append(asyncio.create_task(servers[1].serve([admin_listener])))
-        with _signals(gateway, servers):
-            if on_ready is not None:
-                on_ready(gateway, listener.getsockname()[1])
-            await asyncio.gather(*serving)
-        if gateway.driver.failed.done():
-            raise GatewayError(f"the controller failed: {gateway.driver.failed.result()!r}")
-
-
-@contextlib.contextmanager
-def _signals(gateway: Gateway, servers: list[Server]) -> Iterator[None]:
-    """Begin the end at a signal or when the brain fails; a second signal does not wait for streams."""
-
-    def stop() -> None:
-        gateway.refuse_new()
-        for server in servers:
-            server.force_exit = server.should_exit
-            server.should_exit = True
-
-    loop = asyncio.get_running_loop()
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    for number in numbers:
-        loop.add_signal_handler(number, stop)
-    gateway.driver.failed.add_done_callback(lambda _: stop())
-    try:
-        yield
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)

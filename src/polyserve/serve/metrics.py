@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from polyserve.core.controller import Controller
@@ -88,9 +88,32 @@ class Metrics:
             late_first = ticket.first_at is not None and ticket.first_at > slo.due_at(ticket.request.arrived_at, 0)
             self._missed.labels(series.tier, "ttft" if late_first else "tpot").inc()
 
-    def text(self) -> bytes:
-        """Prometheus' text format."""
-        return generate_latest(self.registry)
+
+def exposition(models: Mapping[str, Metrics]) -> bytes:
+    """What several models count, each series with its model, in Prometheus' text format."""
+    registry = CollectorRegistry()
+    registry.register(_Labelled(models))
+    return generate_latest(registry)
+
+
+class _Labelled(Collector):
+    """The series of all models, one family of each name."""
+
+    def __init__(self, models: Mapping[str, Metrics]) -> None:
+        self._models = models
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())  # nothing to clash with: the registry is its own
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for model, metrics in self._models.items():
+            for family in metrics.registry.collect():
+                whole = families.get(family.name)
+                if whole is None:
+                    whole = families[family.name] = Metric(family.name, family.documentation, family.type)
+                whole.samples += [one._replace(labels={"model": model, **one.labels}) for one in family.samples]
+        yield from families.values()
 
 
 class _TierSeries:

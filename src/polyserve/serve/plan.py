@@ -66,16 +66,30 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Everything a gateway needs to know."""
+class ModelPlan:
+    """What serves one model."""
 
-    model: str
-    listen: Address
-    admin: Address | None  # None: no admin endpoints; equal to `listen`: on the same listener
+    name: str
     configured: Configured
     default_tier: TierName
     service_tiers: Mapping[str, TierName]
     engines: tuple[EngineSpec, ...]
+    aliases: tuple[str, ...] = ()  # other names that clients may use
     launcher: LocalPlan | None = None
     journal: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything a gateway needs to know."""
+
+    listen: Address
+    admin: Address | None  # None: no admin endpoints; equal to `listen`: on the same listener
+    models: tuple[ModelPlan, ...]
     bounds: Bounds = Bounds()
+
+    @property
+    def sole(self) -> ModelPlan:
+        """The model of a gateway that has only one."""
+        (model,) = self.models
+        return model

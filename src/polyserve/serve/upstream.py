@@ -174,6 +174,8 @@ class Exchange:
         slo, arrived_at = dispatch.slo, self.ticket.request.arrived_at
         due_at = slo.due_at(arrived_at, 0) if slo else math.inf
         changes = node.engine.changes(self.ask, slo, max(due_at - self._now(), 0.001), due_at)
+        if self.ask.model != node.model:  # an alias, which is ours and not the engine's
+            changes["model"] = node.model
         if self._begun is not None:
             changes |= continuation.changes(self.ask, self._begun, self.ticket.base)
         return rewritten(self.ask.fields, changes) if changes else self.ask.raw
