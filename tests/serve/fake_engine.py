@@ -12,6 +12,8 @@ from typing import Any
 
 Headers = dict[str, str]
 
+FIRST_ID = 1000  # token t0 as a number
+
 
 @dataclass
 class FakeEngine:
@@ -30,6 +32,9 @@ class FakeEngine:
     models: tuple[str, ...] = ()  # that it lists, if any
     prompt_tokens: int = 7
     separator: bytes = b"\n\n"
+    says_done: bool = True  # whether its streams end with [DONE]
+    name: str = "cmpl-1"  # id of its answers
+    created: int = 1
     seen: list[tuple[str, Headers, dict[str, Any]]] = field(default_factory=list)
     streams: int = 0  # open now
     cut: int = 0  # streams that their client closed early
@@ -94,6 +99,10 @@ class FakeEngine:
             _whole(writer, 200 if found else 404, "text/plain", text)
             return True
         ask = json.loads(body)
+        if path == "/tokenize":
+            ids = [FIRST_ID + int(number) for number in re.findall(r"t(\d+) ", ask["prompt"])]
+            _whole(writer, 200, "application/json", json.dumps({"tokens": ids}).encode())
+            return True
         self.seen.append((path, headers, ask))
         if self.hang_up_after == -1 or self.hang_ups > 0:
             self.hang_ups -= 1
@@ -138,14 +147,15 @@ class FakeEngine:
         """Payloads of a whole stream."""
         chat = path == "/v1/chat/completions"
         n = ask.get("n", 1)
-        head = {"id": "cmpl-1", "object": "chat.completion.chunk" if chat else "text_completion", "created": 1,
-                "model": ask["model"]}  # fmt: skip
+        head = {"id": self.name, "object": "chat.completion.chunk" if chat else "text_completion",
+                "created": self.created, "model": ask["model"]}  # fmt: skip
+        begun = _begun(chat, ask)
         events: list[dict[str, Any]] = []
         if chat:
             for index in range(n):
                 delta = {"role": "assistant", "content": ""}
                 events.append({**head, "choices": [{"index": index, "delta": delta, "finish_reason": None}]})
-        for token in range(_begun(chat, ask), self.tokens):
+        for token in range(begun, self.tokens):
             finish = "stop" if token == self.tokens - 1 else None
             for index in range(n):
                 text = f"t{token} "
@@ -154,15 +164,18 @@ class FakeEngine:
             if self.error_event and token == 0:
                 events.append({"error": {"message": "engine core died", "type": "InternalServerError", "code": 500}})
                 break
-        usage = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens * n,
-                 "total_tokens": self.prompt_tokens + self.tokens * n}  # fmt: skip
+        prompt, made = self.prompt_tokens + begun, (self.tokens - begun) * n
+        usage = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
         if (ask.get("stream_options") or {}).get("include_usage"):
             events.append({**head, "choices": [], "usage": usage})
-        return [*(json.dumps(event, separators=(",", ":")).encode() for event in events), b"[DONE]"]
+        return [*(json.dumps(event, separators=(",", ":")).encode() for event in events),
+                *([b"[DONE]"] if self.says_done else [])]  # fmt: skip
 
 
 def _begun(chat: bool, ask: dict[str, Any]) -> int:
     """Tokens of the answer that came with the request."""
+    if not chat and isinstance(ask["prompt"], list):
+        return sum(isinstance(each, int) and each >= FIRST_ID for each in ask["prompt"])
     if not chat:
         return len(re.findall(r"t\d+ ", str(ask["prompt"])))
     last = ask["messages"][-1] if ask.get("continue_final_message") else {}

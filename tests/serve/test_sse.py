@@ -76,10 +76,21 @@ def test_an_event_without_an_end_is_no_stream() -> None:
 @given(st.lists(st.binary(max_size=40), max_size=6))
 def test_no_bytes_break_the_scanner(pieces: list[bytes]) -> None:
     scanner = EventScanner(strip_usage=True)
-    for piece in pieces:
-        scanner.feed(piece)
+    with contextlib.suppress(NotAStreamError):
+        for piece in pieces:
+            scanner.feed(piece)
     with contextlib.suppress(NotAStreamError):
         assert json.loads(assembled(b"".join(pieces), chat=True))["object"] == "chat.completion"
+
+
+@pytest.mark.parametrize("garbage", [b"<html>", b"data: <html>", b'data: {"choices": [{"te', b"\x00\xff"])
+def test_what_is_no_event_is_not_passed_on(garbage: bytes) -> None:
+    sound = b'data: {"choices":[{"index":0,"text":"a"}]}\n\n'
+    scanner = EventScanner()
+    assert scanner.feed(b": a comment\n\nevent: x\n\n" + sound) != b""
+    with pytest.raises(NotAStreamError, match="in place of"):
+        scanner.feed(garbage + b"\n\n" + sound)
+    assert scanner.events == 1
 
 
 def test_deltas_of_tool_calls_and_logprobs_become_one_message() -> None:

@@ -59,6 +59,10 @@ class _Models(msgspec.Struct, frozen=True):
     data: list[_Model] = []
 
 
+class _Tokens(msgspec.Struct, frozen=True):
+    tokens: list[int]
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """What an engine's metrics say right now."""
@@ -73,7 +77,7 @@ class OpenAIEngine:
     """A server that knows OpenAI's API and nothing of ours: what it may choke on is left out."""
 
     kind = "openai"
-    continues = False  # whether it can go on with an answer that was begun elsewhere
+    continues_chats = False  # whether it can go on with a message that was begun elsewhere
 
     def __init__(self, session: aiohttp.ClientSession, url: str, send_priority: bool = False) -> None:
         self.session = session
@@ -109,6 +113,10 @@ class OpenAIEngine:
         """Its metrics, or None when it has none."""
         return None
 
+    async def tokenize(self, model: str, text: str) -> list[int] | None:
+        """Token ids of a text that follows a prompt, where the engine gives them."""
+        return None
+
     async def set_pace(self, pace_s: float) -> None:
         """Tell the engine the bound for its iterations, where it listens to that."""
 
@@ -136,7 +144,7 @@ class VllmEngine(OpenAIEngine):
     """vLLM: metrics, and the SLO in `vllm_xargs`, where our scheduler class finds it."""
 
     kind = "vllm"
-    continues = True
+    continues_chats = True
 
     async def facts(self) -> Facts:
         load = await self.load()
@@ -146,6 +154,14 @@ class VllmEngine(OpenAIEngine):
         try:
             async with self.session.get(f"{self.url}/metrics", timeout=PROBE_TIMEOUT) as answer:
                 return parsed_metrics(await answer.text()) if answer.status == 200 else None
+        except UNREACHABLE:
+            return None
+
+    async def tokenize(self, model: str, text: str) -> list[int] | None:
+        body = {"model": model, "prompt": text, "add_special_tokens": False}
+        try:
+            async with self.session.post(f"{self.url}/tokenize", json=body, timeout=PROBE_TIMEOUT) as answer:
+                return msgspec.json.decode(await answer.read(), type=_Tokens).tokens if answer.status == 200 else None
         except UNREACHABLE:
             return None
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import monotonic
 from typing import Any, Protocol
 
@@ -17,9 +17,9 @@ from polyserve.serve.ask import Endpoint
 from polyserve.serve.errors import ApiError
 from polyserve.serve.fleet import PATHS, Fleet
 from polyserve.serve.gateway import Gateway
-from polyserve.serve.inflight import Inflight, Ticket
+from polyserve.serve.inflight import Inflight, Send, Ticket
 from polyserve.serve.plan import Bounds
-from polyserve.serve.upstream import Exchange, Send
+from polyserve.serve.upstream import Exchange
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,10 @@ class App(Protocol):
 class Front:
     """The ASGI application of the gateway's listener."""
 
-    def __init__(self, gateways: Sequence[Gateway], bounds: Bounds, beside: App) -> None:
+    def __init__(
+        self, gateways: Sequence[Gateway], bounds: Bounds, beside: App, clock: Callable[[], float] = monotonic
+    ) -> None:
+        self._clock = clock
         self._bounds = bounds
         self._beside = beside
         self._gateways = {name: gateway for gateway in gateways for name in (gateway.model, *gateway.plan.aliases)}
@@ -68,7 +71,7 @@ class Front:
     async def _complete(
         self, endpoint: Endpoint, headers: Mapping[bytes, bytes], client_id: bytes, receive: Receive, send: Send
     ) -> None:
-        arrived_at = monotonic()
+        arrived_at = self._clock()
         raw = await _body(headers, receive, self._bounds.body_bytes)
         if raw is None:
             return
@@ -102,7 +105,7 @@ class Front:
         """Run an exchange to its end, whatever ends it; raises `ApiError` as long as a status can still tell it."""
         ticket = exchange.ticket
         try:
-            await exchange.run(fleet, self._bounds.attempts)
+            await exchange.run(fleet, self._bounds)
         except ApiError:
             raise
         except asyncio.CancelledError:

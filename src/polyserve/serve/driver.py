@@ -48,12 +48,14 @@ class Driver:
         act: Callable[[Action], None],
         observe: Observer,
         journal: IO[bytes] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.clock = clock
         self._brain = brain
         self._act = act
         self._observe = observe
         self._journal = None if journal is None else JournalWriter(journal)
-        self.epoch = time.monotonic()  # when the brain's clock was 0
+        self.epoch = clock()  # when the brain's clock was 0
         self._now = 0.0
         self._inbox: deque[Event] = deque([configured])
         self._arrivals = 0
@@ -74,7 +76,7 @@ class Driver:
 
     def now(self) -> float:
         """Seconds on the brain's clock, whole microseconds; never runs back."""
-        now = to_microsecond(time.monotonic() - self.epoch)
+        now = to_microsecond(self.clock() - self.epoch)
         if now > self._now:
             self._now = now
         return self._now

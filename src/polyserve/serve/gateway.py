@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from typing import IO, Any, assert_never
 
 import aiohttp
@@ -60,7 +61,12 @@ class Gateway:
     """What serves one model: its brain, its engines, and the requests between them."""
 
     def __init__(
-        self, plan: ModelPlan, bounds: Bounds, session: aiohttp.ClientSession, journal: IO[bytes] | None
+        self,
+        plan: ModelPlan,
+        bounds: Bounds,
+        session: aiohttp.ClientSession,
+        journal: IO[bytes] | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.plan = plan
         self.bounds = bounds
@@ -72,7 +78,7 @@ class Gateway:
         self._work: set[asyncio.Task[None]] = set()
         self._closing = False
         brain = Controller()
-        self.driver = Driver(brain, plan.configured, self._act, self._observe, journal)
+        self.driver = Driver(brain, plan.configured, self._act, self._observe, journal, clock)
         self.inflight = Inflight(self.driver, bounds.open_requests)
         self.fleet = Fleet(self.driver, session, plan.name, bounds.probe_s, bounds.connect_s, self._ended)
         self.decisions = Decisions(brain, self.inflight)

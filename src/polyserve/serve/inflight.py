@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from time import monotonic
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 from polyserve.core.types import (
     Arrived,
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 # A count closer than this to what the brain believes is no news to it.
 CORRECTED_BY = 0.02
 
+Message = dict[str, Any]
+Send = Callable[[Any], Awaitable[None]]
 Interruption = Literal["lost", "evicted", "moved", "silent"]
 Outcome = Literal["ok", "refused", "cancelled", "rejected", "failed"]
 
@@ -58,12 +60,15 @@ class Ticket:
         self.outcome: Outcome | None = None  # set once: the brain knows of the end
         self.refused_by: TierName | None = None
         self.gone = False  # the client has left
+        self.sending = False  # the client is being sent something, and takes its time
         self._inflight = inflight
         self._driver = driver
         self._task = task
         self._decision: Dispatch | Refuse | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._interruption: Interruption | None = None
+        self._thrown = False  # and the task was cancelled for it
+        self._clock = driver.clock
         self._epoch = driver.epoch
         self._n = request.n
         slo = request.slo
@@ -98,10 +103,20 @@ class Ticket:
             self.interrupt("moved")
 
     def interrupt(self, why: Interruption) -> None:
-        """Make the task leave the engine it reads from."""
+        """Make the task leave the engine it reads from, once the client has what is being sent to it."""
         if self.node is not None and self._interruption is None and self.outcome is None:
             self._interruption = why
-            self._task.cancel()
+            if not self.sending:
+                self._thrown = True
+                self._task.cancel()
+
+    async def pass_on(self, send: Send, message: Message) -> None:
+        """Send the client something, whole: an interruption waits, since what is sent is not made again."""
+        self.sending = True
+        await send(message)
+        self.sending = False
+        if self._interruption is not None:
+            raise asyncio.CancelledError
 
     def leave(self) -> None:
         """The client has gone: make the task stop, wherever it is."""
@@ -115,9 +130,10 @@ class Ticket:
         A reason is given once, and takes the cancellation back.
         """
         why, self._interruption = self._interruption, None
-        if why is not None:
+        if self._thrown:
             self._task.uncancel()
-        return None if self.gone else why
+            self._thrown = False
+        return None if self.gone or self._task.cancelling() else why
 
     def board(self, node: Node, base: int = 0, continues: bool = False) -> None:
         """The engine has the request from now on; `base` tokens were made before, which it may continue from."""
@@ -140,7 +156,7 @@ class Ticket:
         assert node is not None, "tokens come from an engine"
         if not self.events:
             self._first(self._driver.now(), node)
-        now = monotonic() - self._epoch
+        now = self._clock() - self._epoch
         self.events += events
         if self._n == 1 and node.tokens_per_event == 1.0:
             tokens = self.base + self.events
@@ -179,19 +195,24 @@ class Ticket:
             self.first_at = now
         self._driver.post(FirstToken(now, self.request.id, node.id))
 
-    def broke(self, delivered: bool) -> None:
+    def broke(self, tokens: int) -> None:
         """The stream ended before its end; the brain decides where it goes on.
 
-        Tokens that the client never got are made again, and so do not count.
+        `tokens` need not be made again, in all: the client has them, or will get them.
         """
         node = self.node
         assert node is not None, "what breaks is a stream from an engine"
-        self._driver.post(Broken(self._driver.now(), self.request.id, node.id, self.tokens if delivered else 0))
+        self._driver.post(Broken(self._driver.now(), self.request.id, node.id, tokens))
         self.alight()
 
+    def complete(self) -> None:
+        """All tokens were there before the stream broke: wherever the brain has the request by now, it is done."""
+        self.finish(None)
+        self._driver.post(Cancelled(self._driver.now(), self.request.id))
+
     def broke_off(self, dispatch: Dispatch) -> None:
-        """The instance had gone before the request could reach it."""
-        self._driver.post(Broken(self._driver.now(), self.request.id, dispatch.instance))
+        """The request could not be given to the instance."""
+        self._driver.post(Broken(self._driver.now(), self.request.id, dispatch.instance, dispatch.resume_from))
 
     def close(self) -> None:
         """Forget the request; if the brain does not know of its end yet, it is told that nobody waits for it."""

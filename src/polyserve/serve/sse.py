@@ -18,6 +18,7 @@ LONGEST_EVENT = 8 * 1024 * 1024
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _ERROR = re.compile(rb'\{\s*"(error"|object"\s*:\s*"error")')
 _ROLE_ONLY = re.compile(rb'"role"\s*:\s*"assistant"')
+_NO_DATA = re.compile(rb":|(event|id|retry)\s*:")
 _EMPTY_CONTENT = re.compile(rb'"content"\s*:\s*(""|null)')
 
 
@@ -42,7 +43,9 @@ _usage_event = msgspec.json.Decoder(_UsageEvent)
 class EventScanner:
     """Takes bytes as they come and gives back whole events; counts those that carry tokens."""
 
-    __slots__ = ("_begun", "_separator", "_strip_role", "_strip_usage", "_tail", "done", "error", "events", "usage")
+    __slots__ = (
+        "_begun", "_separator", "_strip_role", "_strip_usage", "_tail", "done", "error", "events", "told", "usage",
+    )  # fmt: skip
 
     def __init__(self, strip_usage: bool = False, strip_role: bool = False) -> None:
         self._strip_usage = strip_usage
@@ -54,6 +57,7 @@ class EventScanner:
         self.done = False  # `[DONE]` was seen
         self.error: bytes | None = None  # payload of an error event, which is not passed on
         self.usage: Usage | None = None
+        self.told: bytes | None = None  # payload of the event with the usage
 
     def feed(self, data: bytes) -> bytes:
         """The whole events that `data` completes, as they are to be passed on; raises `NotAStreamError`."""
@@ -63,10 +67,10 @@ class EventScanner:
         if (
             self._begun
             and data.startswith(b"data: {")
-            and data.endswith(b"\n\n")
+            and data.endswith(b"}\n\n")
             and b"[]" not in data
             and b'"error"' not in data
-            and (ends := data.count(b"\n\n")) == data.count(b"\n\ndata: {") + 1
+            and (ends := data.count(b"\n\n")) == data.count(b"}\n\ndata: {") + 1
         ):
             self.events += ends
             return data
@@ -84,6 +88,8 @@ class EventScanner:
         """Count one event; whether it is passed on."""
         payload = event_payload(event)
         if payload is None:
+            if event.strip() and not _NO_DATA.match(event):
+                raise NotAStreamError(f"it sent {event[:60]!r} in place of an event")
             return True
         if payload == b"[DONE]":
             self.done = True
@@ -91,10 +97,12 @@ class EventScanner:
             self.error = payload
             return False
         elif b'"usage"' in payload and _NO_CHOICES.search(payload):
-            self.usage = _parsed_usage(payload)
+            self.usage, self.told = _parsed_usage(payload), payload
             return not self._strip_usage
         elif _ROLE_ONLY.search(payload) and _EMPTY_CONTENT.search(payload):
             return not self._strip_role
+        elif not (payload.startswith(b"{") and payload.endswith(b"}")):
+            raise NotAStreamError(f"it sent {payload[:60]!r} in place of a chunk")
         else:
             self.events += 1
             self._begun = self._separator == b"\n\n"

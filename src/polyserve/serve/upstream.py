@@ -1,7 +1,8 @@
 """The way of one request to an engine and of its answer back, byte for byte.
 
 Until the first token has arrived nothing is sent to the client, so any failure before it is mended on another instance
-without anybody noticing. After it the bytes are passed on as they come, in whole events.
+without anybody noticing. After it the bytes are passed on as they come, in whole events, and an engine that does not
+bring them to their end is followed by another that goes on where it stopped (`continuation`).
 """
 
 from __future__ import annotations
@@ -10,24 +11,24 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import msgspec
 
 from polyserve.core.types import Dispatch, Refuse
 from polyserve.serve import continuation
+from polyserve.serve.adapters import OpenAIEngine
 from polyserve.serve.ask import Ask, rewritten
+from polyserve.serve.continuation import DONE, Begun, Kept, NotContinuableError, Seam
 from polyserve.serve.driver import Driver
 from polyserve.serve.errors import ApiError, Headers, refusal
 from polyserve.serve.fleet import PATHS, Fleet, Node
-from polyserve.serve.inflight import Ticket
+from polyserve.serve.inflight import Interruption, Message, Send, Ticket
+from polyserve.serve.plan import Bounds
 from polyserve.serve.sse import EventScanner, NotAStreamError, Usage, assembled
 from polyserve.serve.wire import Answer, ConnectError
 
 log = logging.getLogger(__name__)
-
-Send = Callable[[Any], Awaitable[None]]
 
 # RFC 9110, 7.6.1, and what the two ends of a proxy each say for themselves.
 HOP_BY_HOP = frozenset(
@@ -48,11 +49,15 @@ WORTH_ANOTHER = frozenset((408, 425, 429))
 
 
 class StreamFailedError(Exception):
-    """The engine did not bring the answer to its end; `refused`: nobody listens at its address."""
+    """The engine did not bring the answer to its end.
 
-    def __init__(self, message: str, refused: bool = False) -> None:
+    `refused`: nobody listens at its address; `final`: no other could either, since the client has its beginning.
+    """
+
+    def __init__(self, message: str, refused: bool = False, final: bool = False) -> None:
         super().__init__(message)
         self.refused = refused
+        self.final = final
 
 
 class Exchange:
@@ -69,29 +74,41 @@ class Exchange:
         self._asked_at = driver.now()
         self._decided_at = 0.0
         self.started = False  # the client has got the head of the answer
-        self._kept = continuation.kept_for(ask, ticket.request)
-        self._begun: str | None = None  # text that the client has, and the next engine goes on from
+        self._answer: Answer | None = None  # the latest
+        self._kept = Kept(ask)
+        self._begun: Begun | None = None  # what the next engine goes on from
 
     def __repr__(self) -> str:
         return f"<exchange of {self.ticket!r}>"
 
-    async def run(self, fleet: Fleet, attempts: int) -> None:
+    async def run(self, fleet: Fleet, bounds: Bounds) -> None:
         """Answer the client; raises `ApiError` as long as a status can still tell it."""
-        failures = 0
+        failures = had = 0
         while True:
-            decision = await self.ticket.decision()
-            if isinstance(decision, Refuse):
-                raise refusal(decision)
+            decision = await self._decision(bounds.silence_s)
+            if not isinstance(decision, Dispatch):
+                await self.give_up(decision)
+                return
             self._decided_at = self._now()
             try:
                 if await self._attempt(fleet.get(decision.instance), decision):
                     return
             except StreamFailedError as error:
-                failures += 1
+                has = self._begun.tokens if self._begun else 0
+                failures, had = 1 if has > had else failures + 1, has  # who gets on may fail as often as it takes
                 log.info("request %s on %s: %s", self.ticket.request.id, decision.instance, error)
-                if self.started or failures >= attempts:
+                if error.final or failures >= bounds.attempts:
                     await self.give_up(ApiError(502, "upstream_error", f"the engine failed: {error}"))
                     return
+
+    async def _decision(self, most_s: float) -> Dispatch | ApiError:
+        """What the brain says next. An answer that was begun is never refused by it, but waits no longer than this."""
+        try:
+            async with asyncio.timeout(most_s if self.started or self._begun else None):
+                decision = await self.ticket.decision()
+        except TimeoutError:
+            return ApiError(503, "upstream_error", "no instance could go on with the answer", retry_after_s=1.0)
+        return refusal(decision) if isinstance(decision, Refuse) else decision
 
     async def _attempt(self, node: Node | None, dispatch: Dispatch) -> bool:
         """Whether the client has its answer; False: the brain says where to go next. Raises `StreamFailedError`."""
@@ -99,10 +116,12 @@ class Exchange:
         if node is None or node.engine is None:
             ticket.broke_off(dispatch)
             raise StreamFailedError("the instance has gone", refused=True)
-        if self._begun is not None and not node.engine.continues:
+        if not self._goes_on_at(node.engine):
             ticket.broke_off(dispatch)
             raise StreamFailedError("it cannot go on with an answer that was begun elsewhere")
-        ticket.board(node, ticket.tokens if self.started else dispatch.resume_from, continues=self.started)
+        begun = self._begun
+        ticket.board(node, begun.tokens if begun else dispatch.resume_from, continues=begun is not None)
+        why: Interruption | None = None
         try:
             await self._converse(node, dispatch)
             return True
@@ -110,40 +129,79 @@ class Exchange:
             why = ticket.interruption()
             if why is None:
                 raise
-            if why != "silent":  # the brain took it off the instance already
-                ticket.alight()
-                if self.started and not (why == "evicted" and self._keep_text()):
-                    raise StreamFailedError(f"its request was {why}") from None
-                return False
-            ticket.broke(delivered=self.started)
-            raise StreamFailedError("no token for too long") from None
+            problem = StreamFailedError("no token for too long" if why == "silent" else f"its request was {why}")
         except StreamFailedError as error:
-            ticket.broke(delivered=self.started)
             node.suspect(error.refused)
-            raise
+            problem = error
+        return await self._broke_off(dispatch, problem, taken=why not in (None, "silent"))
 
-    def _keep_text(self) -> bool:
-        """Whether the answer can go on elsewhere from the text that the client has."""
-        if self._kept is None:
+    async def _broke_off(self, dispatch: Dispatch, problem: StreamFailedError, taken: bool) -> bool:
+        """What `_attempt` says of an answer without an end; `taken`: the brain took it off the instance itself."""
+        obstacle = self._take_stock()
+        if await self._conclude(dispatch):
+            return True
+        if taken:
+            self.ticket.alight()
+        else:
+            self.ticket.broke(self._begun.tokens if self._begun else 0)
+        if obstacle:
+            raise StreamFailedError(f"{problem}; {obstacle}", final=True) from problem
+        if taken:
             return False
+        raise problem
+
+    def _goes_on_at(self, engine: OpenAIEngine) -> bool:
+        """Whether an engine can take the answer on; one that nobody has seen yet is made again where it cannot."""
+        begun = self._begun
+        if begun is None or not begun.text or engine.continues_chats or self.ask.endpoint != "chat":
+            return True
+        if self.started:
+            return False
+        self._begun = None
+        self._kept.clear()
+        return True
+
+    def _take_stock(self) -> str:
+        """Note what need not be made again; says what is in the way of going on elsewhere, or nothing."""
+        self._begun = None
         try:
-            self._begun = self._kept.text(chat=self.ask.endpoint == "chat")
-        except NotAStreamError:
+            self._begun = self._kept.begun(self.ticket.tokens)
+        except NotContinuableError as error:
+            if self.started:
+                return str(error)
+        if self._begun is None:
+            self._kept.clear()  # nobody has seen it
+        return ""
+
+    async def _conclude(self, dispatch: Dispatch) -> bool:
+        """End an answer whose tokens have all come, though its engine did not end it; whether it was one."""
+        begun = self._begun
+        if begun is None or not begun.complete(self.ask):
             return False
+        ending = Seam(begun, self.ask).ending()
+        try:
+            last = ending + DONE if self.ask.stream else self._assemble([*self._kept.pieces, ending])
+        except StreamFailedError:
+            self._begun = None
+            self._kept.clear()
+            return False
+        assert self._answer is not None, "what was begun came from an engine"
+        self.ticket.complete()
+        await self._end(self._answer, dispatch, last)
         return True
 
     async def give_up(self, error: ApiError) -> None:
         """Tell the client that there will be no more; raises the error while a status can still tell it."""
         if self.ticket.outcome == "ok":
             return
-        self.ticket.outcome = "failed"
+        self.ticket.outcome = "refused" if self.ticket.outcome == "refused" and not self.started else "failed"
         if not self.started:
             raise error
         self.ticket.close()
         await self._send({"type": "http.response.body", "body": error.event, "more_body": False})
 
     async def _converse(self, node: Node, dispatch: Dispatch) -> None:
-        answer = await self._open(node, dispatch)
+        self._answer = answer = await self._open(node, dispatch)
         try:
             if answer.status != 200:
                 await self._reject(answer)
@@ -161,7 +219,7 @@ class Exchange:
     # -- to the engine
 
     async def _open(self, node: Node, dispatch: Dispatch) -> Answer:
-        body = self._body(node, dispatch)
+        body = await self._body(node, dispatch)
         try:
             return await node.wire.post(PATHS[self.ask.endpoint], self._upstream_headers(), body)
         except ConnectError as error:
@@ -169,15 +227,20 @@ class Exchange:
         except OSError as error:
             raise StreamFailedError(f"it did not answer: {_why(error)}") from error
 
-    def _body(self, node: Node, dispatch: Dispatch) -> bytes:
+    async def _body(self, node: Node, dispatch: Dispatch) -> bytes:
         assert node.engine is not None, "a dispatch goes to an engine that was met"
-        slo, arrived_at = dispatch.slo, self.ticket.request.arrived_at
+        slo, arrived_at, begun = dispatch.slo, self.ticket.request.arrived_at, self._begun
         due_at = slo.due_at(arrived_at, 0) if slo else math.inf
         changes = node.engine.changes(self.ask, slo, max(due_at - self._now(), 0.001), due_at)
         if self.ask.model != node.model:  # an alias, which is ours and not the engine's
             changes["model"] = node.model
-        if self._begun is not None:
-            changes |= continuation.changes(self.ask, self._begun, self.ticket.base)
+        if begun is not None and begun.text:
+            ids: list[int] | None = []
+            if continuation.prompt_ids(self.ask) is not None:
+                ids = await node.engine.tokenize(node.model, begun.text)
+            if ids is None:
+                raise StreamFailedError("it does not say which tokens the answer so far is")
+            changes |= continuation.changes(self.ask, begun, ids)
         return rewritten(self.ask.fields, changes) if changes else self.ask.raw
 
     def _upstream_headers(self) -> Headers:
@@ -192,10 +255,12 @@ class Exchange:
 
     async def _relay(self, answer: Answer, dispatch: Dispatch) -> None:
         """Pass a stream on, or gather it for a client that wants the answer whole."""
-        ticket, send, kept, streaming = self.ticket, self._send, self._kept, self.ask.stream
-        scanner = EventScanner(strip_usage=not self.ask.include_usage and streaming, strip_role=self.started)
+        ticket, kept, streaming = self.ticket, self._kept, self.ask.stream
+        seam = None if self._begun is None else Seam(self._begun, self.ask)
+        strip_usage = seam is not None or (streaming and not self.ask.include_usage)
+        scanner = EventScanner(strip_usage, strip_role=seam is not None)
         read = answer.read
-        held: list[bytes] = []  # what came before the first token, or everything for an answer that is sent whole
+        held: list[bytes] = []  # of a stream: what came before its first token
         while not scanner.done:
             data = await read()
             if not data:
@@ -207,22 +272,39 @@ class Exchange:
                 raise StreamFailedError(str(error)) from None
             if scanner.events != seen:
                 ticket.advance(scanner.events - seen)
-            flows = self.started or (streaming and scanner.events > 0 and scanner.error is None)
-            if scanner.done or not flows:
+            if seam is not None and not scanner.done:
+                piece = seam.mend(piece)
+            if not streaming:
+                if not scanner.done:
+                    kept.add(piece)
+            elif not (self.started or (scanner.events > 0 and scanner.error is None)):
                 held.append(piece)
-            elif piece:
+            elif piece and not scanner.done:
                 if not self.started:
                     await self._start(answer, dispatch, [])
                     piece = b"".join([*held, piece])
                     held.clear()
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-                if kept is not None:
-                    kept.add(piece)
+                kept.add(piece)
+                await ticket.pass_on(self._send, {"type": "http.response.body", "body": piece, "more_body": True})
             if scanner.error is not None:
                 raise StreamFailedError(f"it says {scanner.error[:300].decode(errors='replace')}")
-        last = b"".join(held) if streaming else self._assemble(held)
-        self._finish(scanner.usage)
+        await self._last(answer, dispatch, scanner, seam, [*held, piece])
+
+    async def _last(
+        self, answer: Answer, dispatch: Dispatch, scanner: EventScanner, seam: Seam | None, pieces: list[bytes]
+    ) -> None:
+        """Send what came with the end of the stream."""
+        usage, last = scanner.usage, b"".join(pieces)
+        if seam is not None:
+            tokens, _, end = last.rpartition(b"data:")  # which is that of [DONE]
+            told = seam.count(scanner.told)
+            usage = seam.usage
+            last = b"".join((seam.mend(tokens), seam.ending(), told, b"data:", end))
+        if not self.ask.stream:
+            last = self._assemble([*self._kept.pieces, last])
+        self._finish(usage, scanner.usage)
         await self._end(answer, dispatch, last)
+        await _goodbye(answer)
 
     def _assemble(self, pieces: list[bytes]) -> bytes:
         try:
@@ -238,7 +320,7 @@ class Exchange:
         except msgspec.MsgspecError:
             raise StreamFailedError("its answer is no completion") from None
         self.ticket.advance(1)
-        self._finish(usage)
+        self._finish(usage, usage)
         await self._end(answer, self.ticket.dispatch, body)
 
     async def _reject(self, answer: Answer) -> None:
@@ -252,9 +334,10 @@ class Exchange:
         self.ticket.close()
         await self._end(answer, self.ticket.dispatch, body)
 
-    def _finish(self, usage: Usage | None) -> None:
+    def _finish(self, usage: Usage | None, here: Usage | None) -> None:
+        """Note the end: the usage of the whole answer, and what of it this engine counted."""
         self.usage = usage
-        self.ticket.finish(usage.completion_tokens if usage else None, usage.prompt_tokens if usage else None)
+        self.ticket.finish(here.completion_tokens if here else None, usage.prompt_tokens if usage else None)
 
     async def _end(self, answer: Answer, dispatch: Dispatch | None, last: bytes) -> None:
         """Send the last of the answer, and the head before it where it is still to come."""
@@ -264,18 +347,14 @@ class Exchange:
                 whole.append((b"content-type", b"application/json"))
             await self._start(answer, dispatch, whole)
         await self._send({"type": "http.response.body", "body": last, "more_body": False})
-        if not answer.ended:
-            with contextlib.suppress(OSError):  # which a timeout is, too
-                async with asyncio.timeout(GOODBYE_S):
-                    while await answer.read():
-                        pass
 
     async def _start(self, answer: Answer, dispatch: Dispatch | None, more: Headers) -> None:
         named = {name for name, _ in more}
         headers = [header for header in answer.headers if header[0] not in NOT_DOWNSTREAM and header[0] not in named]
         self.started = True
         head = [*headers, *more, *self._our_headers(dispatch)]
-        await self._send({"type": "http.response.start", "status": self.status, "headers": head})
+        message: Message = {"type": "http.response.start", "status": self.status, "headers": head}
+        await self.ticket.pass_on(self._send, message)
 
     def _our_headers(self, dispatch: Dispatch | None) -> Headers:
         ticket = self.ticket
@@ -295,6 +374,15 @@ class Exchange:
         if dispatch.predicted_ttft_s is not None:
             headers.append((b"x-polyserve-predicted-ttft-ms", b"%.1f" % (dispatch.predicted_ttft_s * 1e3)))
         return headers
+
+
+async def _goodbye(answer: Answer) -> None:
+    """Take in the end of the chunked body, so that the connection is used again."""
+    if not answer.ended:
+        with contextlib.suppress(OSError):  # which a timeout is, too
+            async with asyncio.timeout(GOODBYE_S):
+                while await answer.read():
+                    pass
 
 
 class _Whole(msgspec.Struct):
