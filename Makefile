@@ -4,6 +4,7 @@
 #   make up      the same fleet, left running in the background; `make down` ends it
 #   make test    everything that CI runs
 #   make bench   the simulator beside DynoSim, and the time that a decision takes
+#   make bench-gateway   the gateway beside a bare relay, HAProxy, nginx, LiteLLM and vLLM's router
 #   make study   how much load each policy holds, in every setting: hours; goes on where it was interrupted
 
 VENV ?= .venv
@@ -13,11 +14,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.polyserve-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check unit live test demo up down study study-full lock bench clean
+.PHONY: help setup check unit live test demo up down study study-full lock bench bench-gateway clean
 .DELETE_ON_ERROR:
 
 help:
-	@head -n 7 Makefile | tail -n 5 | cut -c 5-
+	@head -n 8 Makefile | tail -n 6 | cut -c 5-
 
 setup: $(READY)
 
@@ -77,6 +78,11 @@ study-full: $(READY)
 # DynoSim goes into an environment of its own, build/dynosim, and is left out where it cannot be had.
 bench: $(READY)
 	@$(BIN)/python benchmarks/bench.py
+
+# Wants two cores, a C compiler and wrk; HAProxy and nginx are the system's. LiteLLM and vLLM's router go into
+# environments of their own, build/peers. What cannot be had is left out. About seven minutes; ARGS="--only bare,gateway".
+bench-gateway: $(READY)
+	@$(BIN)/python benchmarks/gateway.py $(ARGS)
 
 # After a change of the dependencies in pyproject.toml: new pins from a clean environment.
 lock:

@@ -5,9 +5,9 @@ reads when it gets round to it; a client that measures is told of each piece ins
 task to wake and nothing to delay the clock.
 
 With aiohttp's client the gateway took 1.37 times the processor time per chunk of a bare relay over aiohttp and 2.2
-times that per request, with this one 1.05 to 1.2 times and 1.8 (benchmarks/gateway_cpu.py, 256 streams); the replay
-took 51 us per token, with a client like this one 38 (400 streams of 25 tokens a second, slow system calls). aiohttp
-still asks everything that is not a token: health, metrics, telemetry.
+times that per request, with this one 1.05 to 1.2 times and 1.8 (256 streams; `make bench-gateway` compares them anew);
+the replay took 51 us per token, with a client like this one 38 (400 streams of 25 tokens a second, slow system calls).
+aiohttp still asks everything that is not a token: health, metrics, telemetry.
 """
 
 from __future__ import annotations
