@@ -64,6 +64,13 @@ def test_a_pace_in_the_body_that_is_no_positive_number_is_refused_by_its_path(va
         assert caught.value.param in ("vllm_xargs.slo_tpot_ms", "nvext.router.itl_target")
 
 
+@pytest.mark.parametrize("router", [5, "fast", [], True])
+def test_a_router_of_nvext_that_is_no_object_is_refused(router: Any) -> None:
+    with pytest.raises(ApiError, match="an object") as caught:
+        PACES.asked({}, {"nvext": {"router": router}})
+    assert (caught.value.code, caught.value.param) == ("invalid_slo", "nvext.router")
+
+
 @given(st.binary(max_size=12), st.sampled_from([b"x-slo-ttft-ms", b"x-sgl-tps-slo", b"x-polyserve-tier"]))
 def test_no_header_value_makes_anything_but_an_slo_or_a_refusal(value: bytes, name: bytes) -> None:
     with contextlib.suppress(ApiError):

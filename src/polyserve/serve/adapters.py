@@ -131,12 +131,13 @@ class OpenAIEngine:
         `left_s` is what is left of the TTFT, `due_at` the first token's deadline on our clock.
         """
         changes: dict[str, object] = {key: None for key in ("nvext", "vllm_xargs", "priority") if key in ask.fields}
-        if ask.streamable:
-            if not ask.stream:
-                changes["stream"] = True
-            if not ask.include_usage:
-                options = field(ask.fields, "stream_options") or {}
-                changes["stream_options"] = options | {"include_usage": True}
+        if ask.streamable and not ask.stream:
+            changes["stream"] = True
+        if ask.streamable and not ask.include_usage and ask.endpoint != "responses":  # which tells it anyway
+            options = field(ask.fields, "stream_options") or {}
+            # Usage in every chunk would follow from ours, and the client asked for none.
+            options.pop("continuous_usage_stats", None)
+            changes["stream_options"] = options | {"include_usage": True}
         return changes
 
 
@@ -167,6 +168,8 @@ class VllmEngine(OpenAIEngine):
 
     def changes(self, ask: Ask, slo: Slo | None, left_s: float, due_at: float) -> dict[str, object]:
         changes = super().changes(ask, slo, left_s, due_at)
+        if ask.endpoint in ("embeddings", "responses"):  # older ones refuse what they do not know there
+            return changes
         xargs = dict(ask.body.get("vllm_xargs") or {})
         xargs = {key: value for key, value in xargs.items() if not key.startswith("slo_")}
         if slo is not None:

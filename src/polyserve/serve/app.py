@@ -90,7 +90,7 @@ class Front:
         ticket = gateway.inflight.open(request, client_id)
         if ticket is None:
             raise ApiError(429, "queue_full", "too many requests are open", retry_after_s=1.0)
-        exchange = Exchange(ticket, ask, headers, send, gateway.driver)
+        exchange = Exchange(ticket, ask, headers, send, gateway.driver, gateway.paces)
         watch = asyncio.get_running_loop().create_task(_watch(receive, ticket))
         try:
             await self._answer(exchange, gateway.fleet, watch)

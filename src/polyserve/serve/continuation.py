@@ -177,6 +177,8 @@ class Kept:
 
 def obstacle(ask: Ask) -> str | None:
     """The field of a request that an answer in two parts could not keep; None: it can be continued."""
+    if ask.endpoint not in ("chat", "completions"):
+        return ask.endpoint
     if ask.n > 1:
         return "n"
     for key in ask.fields.keys() & _OBSTACLES.keys():

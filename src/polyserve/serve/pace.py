@@ -53,6 +53,14 @@ class Paces:
         ttft_s = self._usual_ttft_s(tpot_s) if ttft_ms is None else to_microsecond(ttft_ms / 1e3)
         return Slo(ttft_s, tpot_s)
 
+    def served(self, asked: str, tier: TierName | None) -> str:
+        """The service tier that a request got which asked for `asked` and was served in `tier`."""
+        named = {name: to for name, to in self.service_tiers.items() if name != "auto"}
+        got = tier or BEST_EFFORT
+        if named.get(asked) == got:
+            return asked
+        return next((name for name, to in named.items() if to == got), "default")
+
     def _named(self, headers: Mapping[bytes, bytes], body: Mapping[str, Any]) -> TierName:
         value = headers.get(_TIER)
         if value is not None:
@@ -97,7 +105,9 @@ def _in_headers(headers: Mapping[bytes, bytes]) -> _Asked:
 def _in_body(body: Mapping[str, Any]) -> _Asked:
     nvext = body.get("nvext")
     router = nvext.get("router") if isinstance(nvext, dict) else None
-    if isinstance(router, dict) and not router.keys().isdisjoint(("ttft_target", "itl_target")):
+    if router is not None and not isinstance(router, dict):
+        raise _invalid("nvext.router", f"an object, not {router!r}")
+    if router is not None and not router.keys().isdisjoint(("ttft_target", "itl_target")):
         return _field_ms(router, "ttft_target", "nvext.router"), _field_ms(router, "itl_target", "nvext.router")
     xargs = body.get("vllm_xargs")
     if isinstance(xargs, dict):

@@ -24,11 +24,16 @@ from polyserve.serve.driver import Driver
 from polyserve.serve.errors import ApiError, Headers, refusal
 from polyserve.serve.fleet import PATHS, Fleet, Node
 from polyserve.serve.inflight import Interruption, Message, Send, Ticket
+from polyserve.serve.pace import Paces
 from polyserve.serve.plan import Bounds
+from polyserve.serve.responses import ResponseScanner
+from polyserve.serve.service_tier import StampingScanner, stamped
 from polyserve.serve.sse import EventScanner, NotAStreamError, Usage, assembled
 from polyserve.serve.wire import Answer, ConnectError
 
 log = logging.getLogger(__name__)
+
+Scanner = EventScanner | ResponseScanner
 
 # RFC 9110, 7.6.1, and what the two ends of a proxy each say for themselves.
 HOP_BY_HOP = frozenset(
@@ -63,9 +68,18 @@ class StreamFailedError(Exception):
 class Exchange:
     """One request, from its first dispatch to the end of its answer."""
 
-    def __init__(self, ticket: Ticket, ask: Ask, headers: Mapping[bytes, bytes], send: Send, driver: Driver) -> None:
+    def __init__(
+        self,
+        ticket: Ticket,
+        ask: Ask,
+        headers: Mapping[bytes, bytes],
+        send: Send,
+        driver: Driver,
+        paces: Paces,
+    ) -> None:
         self.ticket = ticket
         self.ask = ask
+        self.paces = paces
         self.status = 200
         self.usage: Usage | None = None
         self._headers = headers
@@ -257,8 +271,7 @@ class Exchange:
         """Pass a stream on, or gather it for a client that wants the answer whole."""
         ticket, kept, streaming = self.ticket, self._kept, self.ask.stream
         seam = None if self._begun is None else Seam(self._begun, self.ask)
-        strip_usage = seam is not None or (streaming and not self.ask.include_usage)
-        scanner = EventScanner(strip_usage, strip_role=seam is not None)
+        scanner = self._scanner(dispatch, continues=seam is not None)
         read = answer.read
         held: list[bytes] = []  # of a stream: what came before its first token
         while not scanner.done:
@@ -291,20 +304,43 @@ class Exchange:
         await self._last(answer, dispatch, scanner, seam, [*held, piece])
 
     async def _last(
-        self, answer: Answer, dispatch: Dispatch, scanner: EventScanner, seam: Seam | None, pieces: list[bytes]
+        self, answer: Answer, dispatch: Dispatch, scanner: Scanner, seam: Seam | None, pieces: list[bytes]
     ) -> None:
         """Send what came with the end of the stream."""
         usage, last = scanner.usage, b"".join(pieces)
-        if seam is not None:
+        if seam is not None and isinstance(scanner, EventScanner):
             tokens, _, end = last.rpartition(b"data:")  # which is that of [DONE]
             told = seam.count(scanner.told)
             usage = seam.usage
             last = b"".join((seam.mend(tokens), seam.ending(), told, b"data:", end))
         if not self.ask.stream:
-            last = self._assemble([*self._kept.pieces, last])
+            last = self._whole(scanner, dispatch, last)
         self._finish(usage, scanner.usage)
         await self._end(answer, dispatch, last)
         await _goodbye(answer)
+
+    def _whole(self, scanner: Scanner, dispatch: Dispatch, last: bytes) -> bytes:
+        """The answer for a client that wants it whole."""
+        if isinstance(scanner, EventScanner):
+            return self._assemble([*self._kept.pieces, last])
+        try:
+            return scanner.response(self._service_tier(dispatch))
+        except NotAStreamError as error:
+            raise StreamFailedError(str(error)) from None
+
+    def _service_tier(self, dispatch: Dispatch | None) -> str | None:
+        """What the answer says of its service tier: something only to those who asked."""
+        asked = self.ask.body.get("service_tier")
+        return None if asked is None or dispatch is None else self.paces.served(asked, dispatch.tier)
+
+    def _scanner(self, dispatch: Dispatch, continues: bool) -> Scanner:
+        if self.ask.endpoint == "responses":
+            return ResponseScanner()
+        strip_usage = continues or (self.ask.stream and not self.ask.include_usage)
+        tier = self._service_tier(dispatch)
+        if tier is not None:
+            return StampingScanner(tier, strip_usage, strip_role=continues)
+        return EventScanner(strip_usage, strip_role=continues)
 
     def _assemble(self, pieces: list[bytes]) -> bytes:
         try:
@@ -319,6 +355,8 @@ class Exchange:
             usage = msgspec.json.decode(body, type=_Whole).usage
         except msgspec.MsgspecError:
             raise StreamFailedError("its answer is no completion") from None
+        if (tier := self._service_tier(self.ticket.dispatch)) is not None and self.ask.endpoint != "embeddings":
+            body = stamped(body, tier)
         self.ticket.advance(1)
         self._finish(usage, usage)
         await self._end(answer, self.ticket.dispatch, body)
