@@ -94,6 +94,7 @@ MISTAKES = {
     "a service tier of nobody": ("service_tiers: {gold: fast}\n", "service_tiers: OpenAI's service tiers are"),
     "a service tier to nowhere": ("service_tiers: {flex: gold}\n", "service_tiers.flex: no tier 'gold'"),
     "more at least than at most": ("launcher: {kind: local, min: 3, max: 2}\n", "launcher: min 3 is more than max 2"),
+    "a tokenizer that is not there": ("tokenizer: nowhere.json\n", "tokenizer: nowhere.json cannot be read: No such"),
     "a launcher of no kind": ("launcher: {kind: cloud}\n", "launcher.kind: input should be 'static' or 'local'"),
 }
 

@@ -11,7 +11,7 @@ import yaml
 from polyserve.config import Config, plan
 
 TEXT = (Path(__file__).parents[1] / "docs/serving.md").read_text(encoding="utf-8")
-CONFIGS = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+CONFIGS = re.findall(r"(?<!-->\n)```yaml\n(.*?)```", TEXT, re.DOTALL)
 # What every gateway has, for examples that show one feature only.
 REST = {
     "model": "llama",

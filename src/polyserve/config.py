@@ -26,6 +26,7 @@ from polyserve.serve.house import House, serve
 from polyserve.serve.listener import GatewayError
 from polyserve.serve.pace import BEST_EFFORT, SERVICE_TIERS
 from polyserve.serve.plan import Address, Bounds, EngineKind, EngineSpec, LocalPlan, ModelPlan, Order, Plan
+from polyserve.serve.tokens import TokenizerError, tokenizer
 
 Milliseconds = Annotated[float, Field(gt=0, le=86_400_000, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, strict=True)]
@@ -121,6 +122,7 @@ class ModelKeys(_Section):
     instances: list[InstanceConfig] = []
     launcher: LauncherConfig | None = None
     journal: Path | None = None
+    tokenizer: Path | None = None
     seed: Count = 0
 
     @model_validator(mode="after")
@@ -156,7 +158,7 @@ class ModelConfig(ModelKeys):
 # What models have in common unless one says otherwise.
 _SHARED = ("policy", "settings", "tiers", "default_tier", "service_tiers", "profile", "seed")
 # What only one model can have.
-_OWN = ("aliases", "instances", "launcher", "journal")
+_OWN = ("aliases", "instances", "launcher", "journal", "tokenizer")
 
 
 class Config(ModelKeys):
@@ -240,6 +242,7 @@ def _model(config: ModelConfig, source: str, prefix: str, launch: bool) -> Model
         aliases=tuple(config.aliases),
         launcher=None if launcher is None else _local(launcher, config),
         journal=config.journal,
+        tokenizer=_tokenizer(config, source, prefix),
     )
 
 
@@ -370,6 +373,16 @@ def _configured(
     )
     used = {profile.name: profile.to_dict() for profile in profiles.values()}
     return Configured(0.0, settings.to_dict(), tiers, used, config.seed)
+
+
+def _tokenizer(config: ModelConfig, source: str, prefix: str) -> Path | None:
+    """The model's tokenizer, if it is one."""
+    try:
+        if config.tokenizer is not None:
+            tokenizer(config.tokenizer)
+    except TokenizerError as error:
+        raise ConfigError(f"{source}: {prefix}tokenizer: {error}") from None
+    return config.tokenizer
 
 
 def _admin(config: Config, listen: Address) -> Address | None:

@@ -79,11 +79,13 @@ class Front:
         gateway = self._gateways.get(ask.model)
         if gateway is None:
             raise no_model(ask.model, self._gateways)
+        slo = gateway.paces.asked(headers, ask.body)
+        prompt_tokens = await gateway.counter.tokens(ask)
         request = Request(
             id=_internal_id(client_id, gateway.inflight),
             arrived_at=gateway.driver.at(arrived_at),
-            prompt_tokens=gateway.estimator.estimate(ask),
-            slo=gateway.paces.asked(headers, ask.body),
+            prompt_tokens=prompt_tokens,
+            slo=slo,
             max_tokens=ask.max_tokens,
             n=ask.n,
         )
@@ -99,7 +101,7 @@ class Front:
             ticket.close()
             gateway.metrics.answered(ticket)
             if exchange.usage is not None:
-                gateway.estimator.learn(ask, exchange.usage.prompt_tokens)
+                gateway.counter.learn(ask, exchange.usage.prompt_tokens)
 
     async def _answer(self, exchange: Exchange, fleet: Fleet, watch: asyncio.Task[None]) -> None:
         """Run an exchange to its end, whatever ends it; raises `ApiError` as long as a status can still tell it."""

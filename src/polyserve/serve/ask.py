@@ -33,6 +33,7 @@ class Ask:
     max_tokens: int | None
     prompt: Prompt
     body: Mapping[str, Any]  # the fields that may ask for a pace, parsed
+    counted_tokens: int | None = None  # of its texts, by the model's own tokenizer
 
     @property
     def prompt_bytes(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from polyserve.core.types import Refuse, RefuseCode
+from polyserve.core.types import Refuse, RefuseCode, Request
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -74,7 +74,10 @@ _REFUSALS: dict[RefuseCode, tuple[int, str]] = {
         "the pace is tighter than every tier, or even an idle instance would be late with this prompt; "
         "ask for a looser TTFT or TPOT",
     ),
-    "context_length_exceeded": (400, "prompt and max_tokens are longer than the context of the model"),
+    "context_length_exceeded": (
+        400,
+        "the prompt (about {prompt} tokens) and the answer (up to {wanted}) are longer than the context of the model",
+    ),
     "no_instances": (503, "no instance is ready"),
     "queue_full": (429, "the queue of this tier is full"),
     "queue_timeout": (429, "the request waited longer than the queue allows"),
@@ -83,9 +86,11 @@ _REFUSALS: dict[RefuseCode, tuple[int, str]] = {
 _UNKNOWN_RETRY_S = 1.0
 
 
-def refusal(refuse: Refuse) -> ApiError:
+def refusal(refuse: Refuse, request: Request) -> ApiError:
     """What the client is told of a request that the core refused."""
     status, message = _REFUSALS[refuse.code]
+    if refuse.code == "context_length_exceeded":
+        message = message.format(prompt=request.prompt_tokens, wanted=request.max_tokens or 1)
     if refuse.tier is not None:
         message = f"{message} (tier {refuse.tier!r})"
     if status == 400:

@@ -51,6 +51,7 @@ from polyserve.serve.launchers.static import StaticLauncher
 from polyserve.serve.metrics import Books, Decisions, Metrics
 from polyserve.serve.pace import Paces
 from polyserve.serve.plan import Bounds, EngineSpec, ModelPlan
+from polyserve.serve.tokens import PromptCounter, tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class Gateway:
         self.metrics.registry.register(Books(brain, self.fleet, self.inflight, self.driver.now))
         self.paces = Paces(self.tiers, plan.service_tiers, plan.default_tier)
         self.estimator = TokenEstimator()
+        own = None if plan.tokenizer is None else tokenizer(plan.tokenizer)
+        self.counter = PromptCounter(self.estimator, own, _context_tokens(plan))
 
     def __repr__(self) -> str:
         return f"<gateway for {self.model}: {self.fleet!r}, {self.inflight!r}>"
@@ -115,6 +118,7 @@ class Gateway:
         await asyncio.gather(*self._work, return_exceptions=True)
         await self.fleet.close()
         self.driver.close()
+        self.counter.close()
         await self._launcher.close()
 
     # -- what the admin API asks
@@ -214,6 +218,15 @@ class Gateway:
                 for ticket in list(node.tickets.values()):
                     if now - ticket.last_at > bound_s:
                         ticket.interrupt("silent")
+
+
+def _context_tokens(plan: ModelPlan) -> int:
+    """The longest context that any instance has, as far as the config says."""
+    limits = {name: Profile.from_dict(plain).limits for name, plain in plan.configured.profiles.items()}
+    rooms = [(limits[spec.profile], spec.kv_tokens) for spec in plan.engines] or [
+        (one, None) for one in limits.values()
+    ]
+    return max(min(limit.context_tokens, room or limit.kv_tokens) for limit, room in rooms)
 
 
 def _warm_up(plan: ModelPlan) -> None:

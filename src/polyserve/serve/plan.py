@@ -77,6 +77,7 @@ class ModelPlan:
     aliases: tuple[str, ...] = ()  # other names that clients may use
     launcher: LocalPlan | None = None
     journal: Path | None = None
+    tokenizer: Path | None = None  # the model's tokenizer.json
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ _INLINE_DATA = re.compile(rb';base64,[A-Za-z0-9+/=\\]*|(?<="data":)\s*"[A-Za-z0-
 _MEDIUM = re.compile(
     rb'"type"\s*:\s*"(?:image_url|input_image|input_audio|audio_url|video_url|input_video|file|input_file)"'
 )
+# Inside of a text the quotes would be escaped.
+_ROLE = re.compile(rb'"role"\s*:\s*"')
 _PROMPT = "a string, an array of strings or of token ids"
 
 _prompts = msgspec.json.Decoder(list[str | int | list[int]])
@@ -29,6 +31,7 @@ class Prompt(NamedTuple):
     text_bytes: int  # of text whose tokens are to be estimated
     exact_tokens: int | None = None  # of prompts given as token ids
     media: int = 0  # pictures and the like
+    messages: int = 0  # around which a template puts tokens of its own
 
 
 def chat_prompt(fields: Mapping[str, Raw]) -> Prompt:
@@ -37,7 +40,7 @@ def chat_prompt(fields: Mapping[str, Raw]) -> Prompt:
         raise missing("messages")
     if not bytes(fields["messages"]).startswith(b"["):
         raise wrong("messages", "an array of messages")
-    return _measured(fields, ("messages", "tools"))
+    return _measured(fields, ("messages", "tools"))._replace(messages=len(_ROLE.findall(bytes(fields["messages"]))))
 
 
 def response_prompt(fields: Mapping[str, Raw]) -> Prompt:

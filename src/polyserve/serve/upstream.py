@@ -122,7 +122,7 @@ class Exchange:
                 decision = await self.ticket.decision()
         except TimeoutError:
             return ApiError(503, "upstream_error", "no instance could go on with the answer", retry_after_s=1.0)
-        return refusal(decision) if isinstance(decision, Refuse) else decision
+        return refusal(decision, self.ticket.request) if isinstance(decision, Refuse) else decision
 
     async def _attempt(self, node: Node | None, dispatch: Dispatch) -> bool:
         """Whether the client has its answer; False: the brain says where to go next. Raises `StreamFailedError`."""
