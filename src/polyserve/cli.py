@@ -364,7 +364,9 @@ def engine(
     order: Annotated[
         Literal["deadline", "fcfs"] | None, typer.Option(help="Default: deadline with a dynamic chunk, else fcfs.")
     ] = None,
-    chunk_bound: Annotated[Literal["pace", "slack"], typer.Option(help="What a dynamic chunk keeps within.")] = "pace",
+    chunk_bound: Annotated[
+        Literal["pace", "slack", "need"], typer.Option(help="What a dynamic chunk keeps within.")
+    ] = "need",
     jitter: Annotated[float, typer.Option(help="Spread of iteration times, as a share.")] = 0.0,
     bias: Annotated[float, typer.Option(help="Iterations take 1 + BIAS times what the profile says.")] = 0.0,
     believed: Annotated[str, typer.Option(help="Profile that the chunk rule believes; default the same.")] = "",

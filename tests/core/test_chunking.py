@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from polyserve.core import kernels
 from polyserve.core.chunking import ChunkLaw, Prefill, Verdict, chunk_law, fit_chunks, plan_prefill
-from polyserve.core.kernels import DYNAMIC, FIXED
+from polyserve.core.kernels import ALWAYS, DYNAMIC, FIXED, IF_NEEDED, NEVER
 from polyserve.core.profile import Limits, Profile, attention_work
 from polyserve.core.types import ChunkRule, Instance
 
@@ -58,7 +58,7 @@ laws = st.builds(
     ChunkLaw,
     st.sampled_from([DYNAMIC, DYNAMIC, FIXED]),
     st.sampled_from([4, 64, 256]),
-    st.booleans(),
+    st.sampled_from([NEVER, ALWAYS, IF_NEEDED]),
     st.sampled_from([1, 16, 64]),
 )
 moments = st.builds(
@@ -82,7 +82,7 @@ def compiled(profile: Profile, now: Moment) -> tuple[list[int], int, int]:
         profile.packed,
         now.law.kind,
         now.law.tokens,
-        now.law.spend_slack,
+        now.law.spend,
         now.law.floor,
         now.pace_s,
         len(now.slacks_s),
@@ -169,7 +169,7 @@ def test_what_waits_could_still_be_in_time_after_one_more_iteration(profile: Pro
 
 
 def moment(
-    slacks_s: list[float], queue: list[int], head_slack_s: float = 9.0, pace_s: float = 0.02, spend: bool = False
+    slacks_s: list[float], queue: list[int], head_slack_s: float = 9.0, pace_s: float = 0.02, spend: int = NEVER
 ) -> Moment:
     law = ChunkLaw(DYNAMIC, 256, spend, 64)
     return Moment(law, pace_s, 0.0, slacks_s, head_slack_s, [Prefill(n, 0) for n in queue])
@@ -190,7 +190,12 @@ def moment(
         # A prompt shorter than the floor does not wait for it.
         (moment([0.015], [40], pace_s=0.015), [40], Verdict.FITS),
         # Spending slack, the pace is no bound.
-        (moment([0.025], [300], spend=True), [149], Verdict.FITS),
+        (moment([0.025], [300], spend=ALWAYS), [149], Verdict.FITS),
+        # Where it is spent if needed, a head that is in time at the pace needs none, nor does one that is late anyway;
+        # one that would be late gets the slack but for one iteration at the pace.
+        (moment([0.055], [250], head_slack_s=0.06, spend=IF_NEEDED), [99], Verdict.FITS),
+        (moment([0.055], [250], head_slack_s=-0.01, spend=IF_NEEDED), [99], Verdict.FITS),
+        (moment([0.0451], [250], head_slack_s=0.05, spend=IF_NEEDED), [150], Verdict.FITS),
         # Waiting would lose the head: the whole prompt, when that saves it at the cost of one other ...
         (moment([0.015, 9.0], [100], head_slack_s=0.025, pace_s=0.015), [100], Verdict.FORCED),
         # ... and the floor when it costs two, or saves nobody.
@@ -205,10 +210,10 @@ def test_the_rule_in_plain_cases(now: Moment, chunks: list[int], verdict: Verdic
 @pytest.mark.parametrize(
     ("rule", "law"),
     [
-        (ChunkRule(), ChunkLaw(DYNAMIC, 256, True, 32)),
-        (ChunkRule("fixed", 100), ChunkLaw(FIXED, 100, False, 32)),
-        (ChunkRule("fixed", 9999), ChunkLaw(FIXED, 256, False, 32)),
-        (ChunkRule("unknown"), ChunkLaw(FIXED, 256, False, 32)),
+        (ChunkRule(), ChunkLaw(DYNAMIC, 256, ALWAYS, 32)),
+        (ChunkRule("fixed", 100), ChunkLaw(FIXED, 100, NEVER, 32)),
+        (ChunkRule("fixed", 9999), ChunkLaw(FIXED, 256, NEVER, 32)),
+        (ChunkRule("unknown"), ChunkLaw(FIXED, 256, NEVER, 32)),
     ],
 )
 def test_an_instance_states_its_law(rule: ChunkRule, law: ChunkLaw) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from polyserve.core.forecast import Forecast, Forecaster
 from polyserve.core.lengths import GRID, LengthModel
 from polyserve.core.profile import Limits, Profile
 from polyserve.core.settings import Settings
-from polyserve.core.types import ChunkRule, Instance, Request
+from polyserve.core.types import ChunkBound, ChunkRule, Instance, Request
 from polyserve.sim import engine as sim
 
 # --------------------------------------------------------------------------------- against the engine itself
@@ -57,7 +56,7 @@ class Truth:
 class Play:
     """An engine with known lengths, and books that hear of each of its iterations as it ends."""
 
-    def __init__(self, seed: int, chunk: ChunkRule, bound: Literal["pace", "slack"]) -> None:
+    def __init__(self, seed: int, chunk: ChunkRule, bound: ChunkBound) -> None:
         self.random = Random(seed)
         self.pace_s = self.random.choice([0.015, 0.02, 0.03])
         instance = Instance("i", REAL.name, chunk)
@@ -121,9 +120,10 @@ class Play:
             self.ends_at = self.engine.begin(self.now)
 
 
-KINDS = {
+KINDS: dict[str, tuple[ChunkRule, ChunkBound]] = {
     "dynamic": (ChunkRule(), "pace"),
     "spending slack": (ChunkRule(), "slack"),
+    "spending slack if needed": (ChunkRule(), "need"),
     "fixed": (ChunkRule("fixed", 128), "pace"),
 }
 _PLAYED: dict[str, list[Truth]] = {}
@@ -135,7 +135,7 @@ def truths(request: pytest.FixtureRequest) -> list[Truth]:
     kind: str = request.param
     if kind not in _PLAYED:
         rule, bound = KINDS[kind]
-        _PLAYED[kind] = [Play(seed, rule, "slack" if bound == "slack" else "pace").truth() for seed in range(60)]
+        _PLAYED[kind] = [Play(seed, rule, bound).truth() for seed in range(60)]
     return _PLAYED[kind]
 
 
@@ -302,7 +302,7 @@ def test_the_margin_of_memory_ends_at_what_everybody_holds_who_stays() -> None:
 @st.composite
 def stages(draw: st.DrawFn) -> Stage:
     chunk = draw(st.sampled_from([ChunkRule(), ChunkRule("fixed", 128)]))
-    stage = Stage(REAL, chunk, switches={"chunk_bound": draw(st.sampled_from(["pace", "slack"]))})
+    stage = Stage(REAL, chunk, switches={"chunk_bound": draw(st.sampled_from(["pace", "slack", "need"]))})
     for n in range(draw(st.integers(0, 6))):
         prompt, ttft_s = draw(st.integers(1, 900)), draw(st.integers(3, 60)) / 100
         resident = request(f"r{n}", prompt, ttft_s, draw(st.sampled_from([0.01, 0.015, 0.03])))

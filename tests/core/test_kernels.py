@@ -219,7 +219,7 @@ def rows(draw: st.DrawFn, candidate: bool = False) -> list[float]:
 def cases(draw: st.DrawFn) -> Case:
     inst = np.zeros(I_COLUMNS)
     law = draw(laws())
-    inst[I_KIND], inst[I_TOKENS], inst[I_SPEND], inst[I_FLOOR] = law.kind, law.tokens, law.spend_slack, law.floor
+    inst[I_KIND], inst[I_TOKENS], inst[I_SPEND], inst[I_FLOOR] = law.kind, law.tokens, law.spend, law.floor
     inst[I_PACE] = draw(st.sampled_from([0.01, 0.02, 0.05, math.inf]))
     inst[I_KV], inst[I_SEQS] = draw(st.sampled_from([500, 10**6, 10**6])), draw(st.sampled_from([3, 64, 64]))
     inst[I_BLOCK], inst[I_SIGMA] = draw(st.sampled_from([1, 16])), draw(st.sampled_from([0.0, 1.0]))
@@ -383,6 +383,30 @@ def test_books_roll_on_as_by_the_plain_rule(case: Case, elapsed: float, running:
 
 
 # ------------------------------------------------------------------------------------------------ whole fleets
+
+
+@settings(max_examples=60)
+@given(st.lists(cases(), min_size=1, max_size=4), st.integers(0, 30).map(lambda ms: ms / 1e3))
+def test_what_comes_next_is_seen_of_many_as_of_each(instances: list[Case], elapsed: float) -> None:
+    now, arena = NOW + elapsed, Arena(len(GRID), len(instances))
+    wanted = []
+    for at, case in enumerate(instances):
+        case.inst[I_COUNT], case.inst[I_PROFILE] = case.count, arena.profile(case.profile.packed)
+        case.inst[I_ENDS], case.inst[I_ROLLED] = NOW + 0.004, NOW
+        arena.insts[at], arena.rows[at, : case.count] = case.inst, case.rows
+        side = case.plainly()
+        if elapsed >= 0.004 and case.count:
+            plain.roll(case.profile, side.station, side.residents, NOW + 0.004, now)
+        decoding = [r for r in side.residents if r.left == 0.0]
+        left = sum(r.left for r in side.residents if r.left > 0.0)
+        chunk = min(left, max(side.station.tokens - len(decoding), 0.0))
+        kv = sum(r.prompt + r.made for r in decoding)
+        wanted.append((case.profile.iteration_s(chunk, len(decoding), kv, chunk * chunk / 2), left))
+    seconds, left_tokens = np.empty(len(instances)), np.empty(len(instances))
+    slots = np.arange(len(instances))
+    kernels.look(arena.profiles, arena.insts, arena.rows, slots, now, seconds, left_tokens)
+    assert seconds.tolist() == near([second for second, _ in wanted])
+    assert left_tokens.tolist() == [left for _, left in wanted]
 
 
 @settings(max_examples=60)

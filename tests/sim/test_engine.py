@@ -87,7 +87,7 @@ def machines(draw: st.DrawFn) -> tuple[Instance, Profile, Settings]:
     kv = draw(st.sampled_from([336, 500, 4096]))
     true = profile(kv, draw(st.sampled_from([1, 3, 16])), block=draw(st.sampled_from([1, 4, 16])))
     policy: dict[str, object] = {
-        "chunk_bound": draw(st.sampled_from(["pace", "slack"])),
+        "chunk_bound": draw(st.sampled_from(["pace", "slack", "need"])),
         "chunk_floor_tokens": draw(st.sampled_from([1, 16, 64])),
         "relegate": draw(st.booleans()),
     }
@@ -252,7 +252,7 @@ def test_the_same_seed_gives_the_same_run(
 @settings(max_examples=150)
 @given(
     workloads(cancels=False) | pressed(),
-    st.sampled_from(["pace", "slack"]),
+    st.sampled_from(["pace", "slack", "need"]),
     st.sampled_from([1, 16, 64]),
 )
 def test_a_chunk_makes_no_resident_late_who_would_be_on_time_without_it(load: Workload, bound: str, floor: int) -> None:

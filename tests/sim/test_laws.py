@@ -50,7 +50,7 @@ SWITCHES: dict[str, tuple[object, ...]] = {
     "on_late": ("refuse", "serve_late", "never"),
     "infeasible": ("refuse", "best_possible"),
     "shortage": ("demand", "weight", "cost"),
-    "chunk_bound": ("pace", "slack"),
+    "chunk_bound": ("pace", "slack", "need"),
     "queue_timeout_s": (0.0, 1.0),
     "best_effort_max_age_s": (60.0, 1.0),
     "test_memory": (True, False),

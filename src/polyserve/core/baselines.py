@@ -202,9 +202,8 @@ class Minimal(OnePool):
     wants_progress = True
 
     def choose(self, now: float, job: Job, ready: Sequence[Books]) -> Books:
-        for books in ready:
-            books.roll(now)
-        return min(ready, key=lambda b: (b.iteration_now_s(), len(b.jobs), b.id))
+        seconds, _ = self._fleet.look(now, ready)
+        return min(zip(seconds, ready, strict=True), key=lambda p: (p[0], len(p[1].jobs), p[1].id))[1]
 
 
 class PromptTokensTimesBatch(OnePool):
@@ -216,12 +215,12 @@ class PromptTokensTimesBatch(OnePool):
     wants_progress = True
 
     def choose(self, now: float, job: Job, ready: Sequence[Books]) -> Books:
-        def score(books: Books) -> float:
-            books.roll(now)
-            left = books.tally()[3]
-            return (left + job.prefill_tokens) * (requests(books) + 1)
+        _, left = self._fleet.look(now, ready)
 
-        return min(ready, key=lambda b: (score(b), b.id))
+        def score(tokens: float, books: Books) -> float:
+            return (tokens + job.prefill_tokens) * (requests(books) + 1)
+
+        return min((score(tokens, b), b.id, b) for tokens, b in zip(left, ready, strict=True))[2]
 
 
 class LeastHeadroom(OnePool):

@@ -5,7 +5,8 @@ all decodes and then prefills in the engine's order:
 
 - `fixed`: up to a token budget, whatever it costs (stock vLLM);
 - `dynamic`: as many tokens as the profile allows within the bound: the pace, and never beyond the smallest slack of a
-  resident that can still be on time; or, spending banked slack, that slack alone. Without a decode: the engine's
+  resident that can still be on time; or, spending banked slack, that slack alone; or, spending it if needed, within
+  the pace unless that loses the head of the queue. Without a decode: the engine's
   maximum. Because an iteration jumps when a chunk joins it, chunks below a floor are saved up: when less fits, banked
   slack is spent, and if that does not reach the floor the prefills wait, until waiting would lose the head's deadline.
   Then a chunk is forced: the whole rest of the prompt if that saves the head and costs at most one other, else the
@@ -21,9 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from polyserve.core.kernels import DYNAMIC, FITS, FIXED, FORCED, WAITS
+from polyserve.core.kernels import ALWAYS, DYNAMIC, FITS, FIXED, FORCED, IF_NEEDED, NEVER, WAITS
 from polyserve.core.profile import Profile, attention_work
-from polyserve.core.types import Instance
+from polyserve.core.types import ChunkBound, Instance
 
 
 class Verdict(IntEnum):
@@ -40,7 +41,7 @@ class ChunkLaw:
 
     kind: int  # kernels.DYNAMIC or kernels.FIXED
     tokens: int  # most tokens of one iteration, decodes included
-    spend_slack: bool = False
+    spend: int = NEVER  # kernels.NEVER, ALWAYS or IF_NEEDED
     floor: int = 64
 
 
@@ -52,16 +53,19 @@ class Prefill:
     past: int
 
 
-def chunk_law(instance: Instance, profile: Profile, bound: str = "pace", floor: int = 64) -> ChunkLaw:
+SPENDS: dict[ChunkBound, int] = {"pace": NEVER, "slack": ALWAYS, "need": IF_NEEDED}
+
+
+def chunk_law(instance: Instance, profile: Profile, bound: ChunkBound = "pace", floor: int = 64) -> ChunkLaw:
     """The law that an instance's engine follows; `unknown` is taken for `fixed` at the engine's maximum."""
     most = instance.max_num_batched_tokens or profile.limits.max_num_batched_tokens
     match instance.chunk.kind:
         case "dynamic":
-            return ChunkLaw(DYNAMIC, most, bound == "slack", floor)
+            return ChunkLaw(DYNAMIC, most, SPENDS[bound], floor)
         case "fixed":
-            return ChunkLaw(FIXED, min(instance.chunk.tokens or most, most), False, floor)
+            return ChunkLaw(FIXED, min(instance.chunk.tokens or most, most), NEVER, floor)
         case "unknown":
-            return ChunkLaw(FIXED, most, False, floor)
+            return ChunkLaw(FIXED, most, NEVER, floor)
 
 
 def fit_chunks(
@@ -91,6 +95,11 @@ def fit_chunks(
     return chunks
 
 
+def is_pressed(bound_s: float, chunk: int, head: Prefill, slack_s: float) -> bool:
+    """Whether the first of the queue would be late at one such chunk every `bound_s`; not if it is late already."""
+    return 0 < chunk < head.remaining and 0.0 < slack_s < bound_s * head.remaining / chunk
+
+
 def plan_prefill(
     profile: Profile,
     law: ChunkLaw,
@@ -115,8 +124,11 @@ def plan_prefill(
     alone = profile.iteration_s(0, decodes, kv)
     banked = min((s for s in slacks_s if s >= alone), default=math.inf)
     enough = min(law.floor, queue[0].remaining)
-    for bound in (banked,) if law.spend_slack else (min(pace_s, banked), banked):
+    for bound in (banked if law.spend == ALWAYS else min(pace_s, banked), banked):
         chunks = fit_chunks(profile, bound, budget, decodes, kv, queue)
+        spent = banked - pace_s
+        if law.spend == IF_NEEDED and spent > bound and is_pressed(bound, chunks[0], queue[0], head_slack_s):
+            chunks = fit_chunks(profile, spent, budget, decodes, kv, queue)
         if sum(chunks) >= enough:
             return chunks, Verdict.FITS
     whole = min(queue[0].remaining, budget)

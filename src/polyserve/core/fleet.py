@@ -189,7 +189,7 @@ class Books:
         self._settle_in(Arena(len(GRID)))
         inst = self._inst
         inst[I_KIND], inst[I_TOKENS] = self.law.kind, self.law.tokens
-        inst[I_SPEND], inst[I_FLOOR] = float(self.law.spend_slack), self.law.floor
+        inst[I_SPEND], inst[I_FLOOR] = float(self.law.spend), self.law.floor
         inst[I_KV], inst[I_SEQS] = self.kv_tokens, self.max_num_seqs
         inst[I_MARGIN], inst[I_BLOCK] = settings.ttft_margin, limits.block_size
         inst[I_SIGMA], inst[I_WAITS] = settings.memory_margin_sigma, float(settings.wait_time)
@@ -539,12 +539,6 @@ class Books:
             return 0.0
         return self.peak_s / self.pace_s if math.isfinite(self.pace_s) else self.peak_s
 
-    def iteration_now_s(self) -> float:
-        """Believed seconds of the iteration that comes next, its prefill chunk included."""
-        decodes, kv, _, left = self.tally()
-        chunk = min(left, max(self.law.tokens - decodes, 0))
-        return self.profile.iteration_s(chunk, decodes, kv, 0.5 * chunk * chunk)
-
 
 class Fleet:
     """All instances by id, in the order they joined."""
@@ -609,6 +603,14 @@ class Fleet:
         """Ready instances that serve a tier; None: the pool. The list is not to be changed."""
         self.ready()
         return self._of_tier.get(tier, [])
+
+    def look(self, now: float, instances: Sequence[Books]) -> tuple[list[float], list[float]]:
+        """Of each instance at `now`: believed seconds of its next iteration, and prompt tokens still to compute."""
+        arena, count = self.arena, len(instances)
+        slots = np.fromiter((books.slot for books in instances), np.int64, count)
+        seconds, left = np.empty(count), np.empty(count)
+        kernels.look(arena.profiles, arena.insts, arena.rows, slots, now, seconds, left)
+        return seconds.tolist(), left.tolist()
 
     def starting(self) -> list[Books]:
         return [b for b in self.books.values() if b.state is State.STARTING]

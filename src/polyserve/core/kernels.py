@@ -143,11 +143,17 @@ def fit_chunks(
 
 
 @njit(cache=True)
+def is_pressed(bound: float, chunk: float, remaining: float, slack: float) -> bool:  # pragma: no cover - compiled
+    """Whether a head that gets such a chunk every `bound` seconds is late; the plain twin is `chunking.is_pressed`."""
+    return bool(0.0 < slack < bound * remaining / chunk) if 0.0 < chunk < remaining else False
+
+
+@njit(cache=True)
 def plan_prefill(
     profile: Vector,
     kind: int,
     tokens: int,
-    spend_slack: bool,
+    spend: int,
     floor: int,
     pace: float,
     decodes: int,
@@ -173,8 +179,10 @@ def plan_prefill(
         if slacks[i] >= alone and slacks[i] < banked:
             banked = slacks[i]
     enough = min(float(floor), remaining[0])
-    bound = banked if spend_slack else min(pace, banked)
+    bound = banked if spend == ALWAYS else min(pace, banked)
     total = fit_chunks(profile, bound, budget, decodes, kv, remaining, past, count, out)
+    if spend == IF_NEEDED and is_pressed(bound, out[0], remaining[0], head_slack) and banked - pace > bound:
+        total = fit_chunks(profile, banked - pace, budget, decodes, kv, remaining, past, count, out)
     if total >= enough:
         return total, FITS
     if banked > bound:
@@ -208,6 +216,8 @@ def plan_prefill(
     R_PROMPT, R_LEFT, R_MADE, R_CAP, R_BAND, R_DUE, R_TPOT, R_KEY, R_BASE, R_SEEN, R_FROM, R_RUN, R_SOLO, R_LESS,
     R_COLUMNS,
 ) = range(15)  # fmt: skip
+# When a dynamic chunk goes beyond the pace into the slack that decodes have banked.
+NEVER, ALWAYS, IF_NEEDED = range(3)
 PROMISED = -1.0  # in LEFT: a place is kept for it, and its KV is still to come
 # One instance, as the forecast sees it; then how far its books are: ENDS when the running iteration does (below 0: none
 # runs), ROLLED the time they stand at, GAUGED the version of the length table that the gauge was made with (below 0: it
@@ -448,8 +458,12 @@ def run_queue(
                 if banked < alone:
                     banked = np.inf
                 enough = min(floor, rest[0])
-                bound = banked if inst[I_SPEND] > 0.0 else min(pace, banked)
+                bound = banked if inst[I_SPEND] == ALWAYS else min(pace, banked)
                 total = fit_chunks(profile, bound, budget, batch, kv, rest, behind, span, out)
+                entry = order[head]
+                due = candidate[R_DUE] if entry == count else rows[entry, R_DUE]
+                if inst[I_SPEND] == IF_NEEDED and banked - pace > bound and is_pressed(bound, out[0], rest[0], due - t):
+                    total = fit_chunks(profile, banked - pace, budget, batch, kv, rest, behind, span, out)
                 if total < enough and banked > bound:
                     total = fit_chunks(profile, banked, budget, batch, kv, rest, behind, span, out)
                 if total < enough:
@@ -457,8 +471,6 @@ def run_queue(
                         out[i] = 0.0
                     total = 0
                     whole = max(min(int(rest[0]), budget), 0)
-                    entry = order[head]
-                    due = candidate[R_DUE] if entry == count else rows[entry, R_DUE]
                     whole_s = iteration_s(profile, whole, batch, kv, whole * (behind[0] + 0.5 * whole))
                     if due - t <= whole_s + alone:
                         total = min(int(floor), whole)
@@ -692,6 +704,38 @@ def roll(
 
 
 @njit(cache=True)
+def roll_on(profile: Vector, inst: Vector, rows: Matrix, now: float) -> None:  # pragma: no cover - compiled
+    """Bring one instance's rows to `now`, unless they are there; the plain twin is `Books.roll`."""
+    if now <= inst[I_ROLLED]:
+        return
+    count = int(inst[I_COUNT])
+    inst[I_ROLLED] = now
+    if count > 0 and inst[I_ENDS] <= now:
+        inst[I_ENDS] = roll(profile, inst, rows, count, max(inst[I_ENDS], -1.0), now)
+        inst[I_GAUGED] = -1.0
+
+
+@njit(cache=True)
+def look(
+    profiles: Matrix,
+    insts: Matrix,
+    rows: NDArray[np.float64],
+    slots: NDArray[np.int64],
+    now: float,
+    seconds: Vector,
+    left: Vector,
+) -> None:  # pragma: no cover - compiled
+    """Of each slot at `now`: seconds of the next iteration and prompt tokens to compute."""
+    for j in range(slots.shape[0]):
+        i = slots[j]
+        inst, profile = insts[i], profiles[int(insts[i, I_PROFILE])]
+        roll_on(profile, inst, rows[i], now)
+        decodes, kv, _, left[j] = tally(rows[i], int(inst[I_COUNT]))
+        chunk = min(left[j], max(inst[I_TOKENS] - decodes, 0.0))
+        seconds[j] = iteration_s(profile, chunk, decodes, kv, 0.5 * chunk * chunk)
+
+
+@njit(cache=True)
 def regauge(
     profile: Vector,
     inst: Vector,
@@ -722,14 +766,9 @@ def renew(
     now: float,
 ) -> None:  # pragma: no cover - compiled
     """Bring one instance's books to `now`: rows, gauge, peak, and when it is free; the plain twin is `plain.renew`."""
-    count = int(inst[I_COUNT])
-    if now > inst[I_ROLLED]:
-        inst[I_ROLLED] = now
-        if count > 0 and inst[I_ENDS] <= now:
-            inst[I_ENDS] = roll(profile, inst, rows, count, max(inst[I_ENDS], -1.0), now)
-            inst[I_GAUGED] = -1.0
+    roll_on(profile, inst, rows, now)
     regauge(profile, inst, rows, gauged, table, edges, grid, version)
-    inst[I_FREE] = max(inst[I_ENDS], now) if inst[I_WAITS] > 0.0 and count > 0 else now
+    inst[I_FREE] = max(inst[I_ENDS], now) if inst[I_WAITS] > 0.0 and inst[I_COUNT] > 0.0 else now
 
 
 @njit(cache=True)

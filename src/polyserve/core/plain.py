@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from polyserve.core import kernels as k
-from polyserve.core.chunking import Prefill, fit_chunks
+from polyserve.core.chunking import Prefill, fit_chunks, is_pressed
 from polyserve.core.profile import Profile, attention_work
 
 Line = list[float]  # one value per point of the grid
@@ -58,7 +58,7 @@ class Station:
 
     kind: int
     tokens: float  # most tokens of one iteration
-    spend: bool
+    spend: int
     floor: float
     pace: float
     kv: float
@@ -72,7 +72,7 @@ class Station:
     @staticmethod
     def of(inst: Sequence[float]) -> Station:
         return Station(
-            int(inst[k.I_KIND]), inst[k.I_TOKENS], inst[k.I_SPEND] > 0.0, inst[k.I_FLOOR], inst[k.I_PACE],
+            int(inst[k.I_KIND]), inst[k.I_TOKENS], int(inst[k.I_SPEND]), inst[k.I_FLOOR], inst[k.I_PACE],
             inst[k.I_KV], inst[k.I_SEQS], inst[k.I_BLOCK], inst[k.I_SCALE], inst[k.I_FREE], inst[k.I_SIGMA],
             inst[k.I_MARGIN],
         )  # fmt: skip
@@ -250,8 +250,12 @@ def _chunks(
         return fit_chunks(profile, math.inf, budget, batch, kv, queue)
     alone = profile.iteration_s(0, batch, kv)
     banked = banked if banked >= alone else math.inf
-    for bound in (banked,) if station.spend else (min(station.pace, banked), banked):
+    paced = banked if station.spend == k.ALWAYS else min(station.pace, banked)
+    for bound in (paced, banked):
         chunks = fit_chunks(profile, bound, budget, batch, kv, queue)
+        spent = banked - station.pace
+        if station.spend == k.IF_NEEDED and spent > bound and is_pressed(bound, chunks[0], queue[0], head_slack):
+            chunks = fit_chunks(profile, spent, budget, batch, kv, queue)
         if sum(chunks) >= min(station.floor, queue[0].remaining):
             return chunks
     whole = max(min(queue[0].remaining, budget), 0)

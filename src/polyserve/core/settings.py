@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from polyserve.core.types import ChunkBound
+
 
 class SettingError(ValueError):
     """A setting that does not exist or cannot have that value; the message says what would do."""
@@ -95,7 +97,7 @@ class Settings:
     best_effort_max_age_s: float = 60.0  # older ones get the loosest tier
 
     # The engine's side, told to engines that ask (`dynamic` chunk rule).
-    chunk_bound: Literal["pace", "slack"] = "pace"
+    chunk_bound: ChunkBound = "need"
     chunk_floor_tokens: int = 64
     relegate: bool = False  # a prompt that cannot be in time any more goes behind all that can
 
@@ -178,6 +180,7 @@ POLICIES: dict[str, Settings] = {
     # The paper as written: averages, strict pace, most loaded, never refuse, scaling by pending alone. Whether a head
     # that cannot be in time blocks its queue, and what margin predictions get, it leaves open: here the better reading.
     "polyserve-paper": Settings(
+        chunk_bound="pace",
         placement="fill",
         guest_reserve=0.0,
         relabel=False,

@@ -54,6 +54,11 @@ class Role(StrEnum):
     DECODE = "decode"
 
 
+# What a dynamic chunk keeps within: the instance's pace; the slack that decodes have banked; or that slack only where
+# the pace would lose the first prompt's deadline.
+ChunkBound = Literal["pace", "slack", "need"]
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkRule:
     """How an engine sizes the prefill chunk of an iteration.

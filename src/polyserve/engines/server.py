@@ -24,7 +24,7 @@ import uvloop
 from polyserve import __version__
 from polyserve.core.profile import Profile
 from polyserve.core.settings import Settings
-from polyserve.core.types import ChunkRule, Instance, Slo
+from polyserve.core.types import ChunkBound, ChunkRule, Instance, Slo
 from polyserve.engines.bodies import Asked, BadRequestError, Pace, Tokenize, decode, read_chat, read_completion
 from polyserve.engines.emulator import Emulator
 from polyserve.engines.replies import GoneError, Reply
@@ -264,7 +264,7 @@ class EngineOptions:
     instances: int = 1  # on consecutive ports; port 0 takes free ones
     chunk: str = "dynamic"  # or fixed:N
     order: Literal["deadline", "fcfs"] | None = None  # None: deadline with a dynamic chunk, else as stock vLLM
-    chunk_bound: Literal["pace", "slack"] = "pace"
+    chunk_bound: ChunkBound = "need"
     jitter: float = 0.0  # spread of iteration times, as a share
     bias: float = 0.0  # iterations take 1 + bias times what the profile says
     believed: str = ""  # another profile for the chunk rule

@@ -141,7 +141,7 @@ class Engine:
         state[lay.BLOCK], state[lay.SEATS] = self.block_size, self.max_num_seqs
         state[lay.BY_DEADLINE], state[lay.RELEGATES] = instance.order == "deadline", settings.relegate
         state[lay.KIND], state[lay.LAW_TOKENS] = law.kind, law.tokens
-        state[lay.SPEND], state[lay.FLOOR] = law.spend_slack, law.floor
+        state[lay.SPEND], state[lay.FLOOR] = law.spend, law.floor
         state[lay.TRUE], state[lay.BELIEVED] = self._bank.learn_profile(true), self._bank.learn_profile(believed)
         state[lay.LEARNS] = settings.correction and (jitter > 0 or state[lay.TRUE] != state[lay.BELIEVED])
         state[lay.JITTERS], state[lay.DRAWN] = jitter > 0, NOISE

@@ -292,7 +292,7 @@ def plan(
         believed,
         state[lay.KIND],
         state[lay.LAW_TOKENS],
-        state[lay.SPEND] > 0,
+        int(state[lay.SPEND]),
         state[lay.FLOOR],
         pace / clock[lay.RATIO],
         decodes,
