@@ -34,6 +34,10 @@ Positive = Annotated[int, Field(ge=1, strict=True)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
+# Objects made and not let go, before the collector looks at the young ones, and looks before it goes further back.
+# Hundreds of requests in flight are no garbage: Python's 700 took an eighth of the processor time of a request.
+COLLECT_AFTER = (50_000, 20, 50)
+
 # Names that the brain gives to instances it starts.
 _STARTED = re.compile(r"i\d+")
 
@@ -255,6 +259,7 @@ def run_gateway(config_path: str | Path, launch: bool) -> None:
         # What is there now stays: no collection need walk it again, which would hold every stream up.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*COLLECT_AFTER)
         print(f"polyserve: {', '.join(house.gateways)} on http://{made.listen.host}:{port}/v1", flush=True)
 
     uvloop.run(serve(made, say))

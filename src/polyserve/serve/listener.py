@@ -11,6 +11,7 @@ from typing import Any
 
 import uvicorn
 
+from polyserve.serve.corked import CorkedProtocol
 from polyserve.serve.plan import Address
 
 BACKLOG = 4096
@@ -27,7 +28,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=CorkedProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
