@@ -262,7 +262,8 @@ def settle(port: int, peer: Peer) -> None:
 
 def decision_us(port: int) -> float:
     """Mean time that a decision took, as the gateway counts it."""
-    told = dict(re.findall(r"^polyserve_decision_seconds_(sum|count)(?:\{\S*\})? (\S+)$", fetched(port, "/metrics"), re.MULTILINE))
+    named = r"^polyserve_decision_seconds_(sum|count)(?:\{\S*\})? (\S+)$"
+    told = dict(re.findall(named, fetched(port, "/metrics"), re.MULTILINE))
     return float(told["sum"]) / float(told["count"]) * 1e6
 
 
