@@ -160,7 +160,10 @@ class Ladder:
         return books.profile.holds(tier.tpot_s, books.scale)
 
     def _take(self, now: float, job: Job, tier: Tier) -> Placement | None:
-        """An instance from the pool; failing that, for a tier without any, one from the tier with most to spare."""
+        """An instance from the pool; failing that, for a tier without any, one from the tier with most to spare.
+
+        An instance that the job avoids is none of its tier.
+        """
         pool = self._fleet.of_tier(None)
         for books in sorted(pool, key=lambda b: (len(b.jobs), b.id)):
             if books.id in job.avoid or not self.holds(books, tier) or len(pool) <= self._owed(tier):
@@ -169,7 +172,7 @@ class Ladder:
                 return Placement(job, books, self._at_pace(now, job, tier, books), takes=True)
             if placement := self._cleared(now, job, tier, books, takes=True):
                 return placement
-        if self._fleet.of_tier(tier.name):
+        if any(b.id not in job.avoid for b in self._fleet.of_tier(tier.name)):
             return None
         donors = [b for b in self._fleet.ready() if b.id not in job.avoid and self._spares(b, tier)]
         for books in sorted(donors, key=lambda b: (b.load, b.id)):

@@ -94,11 +94,11 @@ class Begun:
 class Kept:
     """What the client of one request has got, or will get in one piece."""
 
-    __slots__ = ("_chat", "_counted", "_finish_reason", "_first", "_fold", "_size", "_texts", "obstacle", "pieces")
+    __slots__ = ("_ask", "_counted", "_finish_reason", "_first", "_fold", "_size", "_texts", "obstacle", "pieces")
 
     def __init__(self, ask: Ask) -> None:
         self.obstacle = obstacle(ask)
-        self._chat = ask.endpoint == "chat"
+        self._ask = ask
         self._fold = ask.stream  # a whole answer is needed as it came
         self.clear()
 
@@ -140,13 +140,14 @@ class Kept:
                 self._read()
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise NotContinuableError(f"what it said is no completion: {error}") from None
-        if self.obstacle is not None and self._finish_reason is None:
-            raise NotContinuableError(f"an answer with {self.obstacle!r} cannot go on elsewhere")
         text = "".join(self._texts)
         if self._first is None or not (text or self._finish_reason or self._fold):
             return None
         tokens = tokens if text or self._finish_reason else 0  # tokens without text are made again
-        return Begun(text, tokens, self._finish_reason, self._counted, self._first)
+        begun = Begun(text, tokens, self._finish_reason, self._counted, self._first)
+        if self.obstacle is not None and (self._ask.n > 1 or not begun.complete(self._ask)):
+            raise NotContinuableError(f"an answer with {self.obstacle!r} cannot go on elsewhere")
+        return begun
 
     def _read(self) -> None:
         for event in _SEPARATOR.split(b"".join(self.pieces)):
@@ -163,7 +164,7 @@ class Kept:
                     self._texts.append(self._text(choice))
 
     def _text(self, choice: _Choice) -> str:
-        if not self._chat:
+        if self._ask.endpoint != "chat":
             return choice.text or ""
         delta = choice.delta or {}
         for key, value in delta.items():
