@@ -46,6 +46,9 @@ def test_the_admin_api_is_not_shown_to_the_world_unasked(written: Path) -> None:
     admin = load(written).admin
     assert admin is not None
     assert (admin.host, admin.port) == ("127.0.0.1", 81)
+    for off in ("off", '"off"'):
+        written.write_text(GOOD + f"admin: {off}\n")
+        assert load(written).admin is None
 
 
 def test_a_launcher_counts_only_where_it_may_start_something(written: Path) -> None:

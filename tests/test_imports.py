@@ -22,6 +22,7 @@ FLOORS = (
     ("profiles",),
     ("sim", "serve"),
     ("engines",),
+    ("config_access",),
     ("config",),
     ("study", "planner"),
     ("commands",),
@@ -31,7 +32,7 @@ FLOORS = (
 # Inside core each file uses only those before it.
 CORE = (
     ("types", "settings", "kernels"),
-    ("arena", "correction"),
+    ("arena", "correction", "quota"),
     ("profile",),
     ("chunking",),
     ("plain", "bound", "lengths"),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from polyserve.commands import profile as profile_command
+from polyserve.commands.key import key
 from polyserve.commands.plan import plan
 from polyserve.commands.study import study
 from polyserve.commands.validate import validate
@@ -442,6 +443,7 @@ def replay_journal(file: Annotated[Path, typer.Argument(help="A journal, .gz or 
 
 # ------------------------------------------------------------------------------------------- commands of their own file
 
+app.command()(key)
 app.command()(plan)
 app.command()(study)
 app.command()(validate)

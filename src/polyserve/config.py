@@ -15,11 +15,13 @@ from typing import Annotated, Any, Literal, Self
 
 import uvloop
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
+from polyserve import config_access as access
+from polyserve.config_access import AdminConfig, TenantConfig
 from polyserve.core.profile import Profile, ProfileError
 from polyserve.core.settings import SettingError, Settings, policy
-from polyserve.core.types import ChunkRule, Configured, Tier, to_microsecond
+from polyserve.core.types import ChunkRule, Configured, Tenant, Tier, to_microsecond
 from polyserve.profiles import store
 from polyserve.serve.adapters import chunk_rule
 from polyserve.serve.house import House, serve
@@ -67,6 +69,8 @@ class TierConfig(_Section):
 class InstanceConfig(_Section):
     id: Name
     url: Annotated[str, Field(pattern=r"^https?://[^\s/]+\S*$")]
+    api_key: SecretStr | None = None
+    api_key_env: str | None = None
     profile: str | None = None
     kind: EngineKind = "auto"
     chunk: ChunkRule | None = None
@@ -75,6 +79,8 @@ class InstanceConfig(_Section):
     max_num_seqs: Positive | None = None
     max_num_batched_tokens: Positive | None = None
     send_priority: bool = False
+
+    _without_secrets = field_validator("url")(access.without_secrets)
 
     @field_validator("chunk", mode="before")
     @classmethod
@@ -92,6 +98,8 @@ class LauncherConfig(_Section):
         "--model-name", "{model}",
     ]  # fmt: skip
     environment: dict[str, str] = {}
+    api_key: SecretStr | None = None
+    api_key_env: str | None = None
     start_up_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 3.0
     start_timeout_s: Seconds = 120.0
     stop_timeout_s: Seconds = 10.0
@@ -171,7 +179,8 @@ class Config(ModelKeys):
     model: Annotated[str, Field(min_length=1)] | None = None
     models: list[ModelConfig] = []
     listen: Listen = Listen()
-    admin: Listen | Literal["off"] | None = None
+    admin: AdminConfig | None = None
+    tenants: list[TenantConfig] = []
     limits: LimitsConfig = LimitsConfig()
 
     @model_validator(mode="before")
@@ -188,6 +197,7 @@ class Config(ModelKeys):
         if not self.models:
             if missing := [key for key in ("model", "tiers") if not getattr(self, key)]:
                 raise ValueError(f"{missing[0]}: is missing")
+            access.check_tenants(self.tenants, [tier.name for tier in self.tiers])
             return self
         for key in ("model", *_OWN):
             if key in self.model_fields_set:
@@ -197,6 +207,7 @@ class Config(ModelKeys):
             raise ValueError(f"models: two are called {twice!r}; each needs a name of its own")
         if (twice := _twice([one.journal for one in self.models if one.journal])) is not None:
             raise ValueError(f"models: two write the journal {twice}; each needs its own")
+        access.check_tenants(self.tenants, dict.fromkeys(tier.name for one in self.models for tier in one.tiers))
         return self
 
     def each(self) -> dict[str, ModelConfig]:
@@ -218,11 +229,24 @@ def load(path: str | Path, launch: bool = False) -> Plan:
 def plan(config: Config, source: str, launch: bool = False) -> Plan:
     """What a gateway is to do; raises `ConfigError` naming `source`."""
     listen = Address(config.listen.host, config.listen.port)
-    models = tuple(_model(one, source, prefix, launch) for prefix, one in config.each().items())
-    return Plan(listen=listen, admin=_admin(config, listen), models=models, bounds=_bounds(config.limits))
+    tenants = tuple(map(access.tenant_plan, config.tenants))
+    known = tuple(tenant.tenant for tenant in tenants)
+    models = tuple(_model(one, source, prefix, launch, known) for prefix, one in config.each().items())
+    try:
+        admin = access.admin_address(config.admin, listen)
+    except ValueError as error:
+        raise ConfigError(f"{source}: admin: {error}") from None
+    return Plan(
+        listen=listen,
+        admin=admin,
+        models=models,
+        tenants=tenants,
+        admin_keys=config.admin.keys if config.admin is not None else (),
+        bounds=_bounds(config.limits),
+    )
 
 
-def _model(config: ModelConfig, source: str, prefix: str, launch: bool) -> ModelPlan:
+def _model(config: ModelConfig, source: str, prefix: str, launch: bool, tenants: tuple[Tenant, ...]) -> ModelPlan:
     """What serves one model; `prefix` is the path of its keys in the file."""
     launcher = config.launcher if launch and config.launcher and config.launcher.kind == "local" else None
     if not config.instances and launcher is None:
@@ -237,14 +261,15 @@ def _model(config: ModelConfig, source: str, prefix: str, launch: bool) -> Model
     profiles = {key: _profile(source, key, name or config.profile) for key, name in names}
     return ModelPlan(
         name=config.name,
-        configured=_configured(config, source, prefix, launcher, profiles),
+        configured=_configured(config, source, prefix, launcher, profiles, tenants),
         default_tier=config.default_tier or max(config.tiers, key=lambda tier: tier.tpot_ms).name,
         service_tiers=config.service_tiers,
         engines=tuple(
-            _spec(instance, profiles[key].name) for instance, (key, _) in zip(config.instances, names, strict=False)
+            _spec(instance, profiles[key].name, _key(f"{source}: {prefix}instances.{n}", instance))
+            for n, (instance, (key, _)) in enumerate(zip(config.instances, names, strict=False))
         ),
         aliases=tuple(config.aliases),
-        launcher=None if launcher is None else _local(launcher, config),
+        launcher=None if launcher is None else _local(launcher, config, _key(f"{source}: {prefix}launcher", launcher)),
         journal=config.journal,
         tokenizer=_tokenizer(config, source, prefix),
     )
@@ -313,6 +338,8 @@ def _told(path: Path, problem: Any) -> str:
             [str(path), *([".".join(where)] if where else []), problem["msg"].removeprefix("Value error, ")]
         )
     message = problem["msg"]
+    if access.may_be_secret(where):
+        return f"{path}: {'.'.join(where)}: {message[0].lower()}{message[1:]}"
     return f"{path}: {'.'.join(where)}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"
 
 
@@ -320,7 +347,8 @@ def _section(where: list[str]) -> type[BaseModel]:
     """The section of the config that a path leads to."""
     sections: dict[str, type[BaseModel]] = {
         "listen": Listen,
-        "admin": Listen,
+        "admin": AdminConfig,
+        "tenants": access.Tightest if "tightest" in where else TenantConfig,
         "tiers": TierConfig,
         "instances": InstanceConfig,
         "launcher": LauncherConfig,
@@ -346,7 +374,12 @@ def _profile(source: str, key: str, name: str | None) -> Profile:
 
 
 def _configured(
-    config: ModelConfig, source: str, prefix: str, launcher: LauncherConfig | None, profiles: dict[str, Profile]
+    config: ModelConfig,
+    source: str,
+    prefix: str,
+    launcher: LauncherConfig | None,
+    profiles: dict[str, Profile],
+    tenants: tuple[Tenant, ...],
 ) -> Configured:
     """What the brain is told first."""
     values = dict(config.settings)
@@ -377,7 +410,7 @@ def _configured(
         for tier in config.tiers
     )
     used = {profile.name: profile.to_dict() for profile in profiles.values()}
-    return Configured(0.0, settings.to_dict(), tiers, used, config.seed)
+    return Configured(0.0, settings.to_dict(), tiers, used, config.seed, tenants)
 
 
 def _tokenizer(config: ModelConfig, source: str, prefix: str) -> Path | None:
@@ -390,16 +423,14 @@ def _tokenizer(config: ModelConfig, source: str, prefix: str) -> Path | None:
     return config.tokenizer
 
 
-def _admin(config: Config, listen: Address) -> Address | None:
-    """Where the admin API is: with the rest when only this machine can reach that, unless the file says otherwise."""
-    if config.admin == "off":
-        return None
-    if isinstance(config.admin, Listen):
-        return Address(config.admin.host, config.admin.port)
-    return listen if listen.loopback else None
+def _key(where: str, section: InstanceConfig | LauncherConfig) -> str | None:
+    try:
+        return access.engine_key(section.api_key, section.api_key_env)
+    except ValueError as error:
+        raise ConfigError(f"{where}.{error}") from None
 
 
-def _spec(instance: InstanceConfig, profile: str) -> EngineSpec:
+def _spec(instance: InstanceConfig, profile: str, api_key: str | None) -> EngineSpec:
     return EngineSpec(
         id=instance.id,
         url=instance.url,
@@ -411,10 +442,11 @@ def _spec(instance: InstanceConfig, profile: str) -> EngineSpec:
         max_num_seqs=instance.max_num_seqs,
         max_num_batched_tokens=instance.max_num_batched_tokens,
         send_priority=instance.send_priority,
+        api_key=api_key,
     )
 
 
-def _local(launcher: LauncherConfig, config: ModelConfig) -> LocalPlan:
+def _local(launcher: LauncherConfig, config: ModelConfig, api_key: str | None) -> LocalPlan:
     name = launcher.profile or config.profile
     assert name is not None, "the profile was loaded"
     return LocalPlan(
@@ -423,6 +455,7 @@ def _local(launcher: LauncherConfig, config: ModelConfig) -> LocalPlan:
         environment=launcher.environment,
         start_timeout_s=launcher.start_timeout_s,
         stop_timeout_s=launcher.stop_timeout_s,
+        api_key=api_key,
     )
 
 

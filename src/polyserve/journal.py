@@ -3,7 +3,7 @@
 A line is `{"now": us, "event": {"type": "Arrived", ...}, "actions": [{"type": "Dispatch", ...}, ...]}`. The
 codec is derived from the annotations of `core/types.py`: the class name is the tag, a float field is a time
 or a duration and is written as whole microseconds (`"inf"`: no bound), everything else as it is.
-`Configured` keeps its settings, profiles and tiers as written, since their floats are no times. A path that
+`Configured` keeps its settings, profiles, tiers and tenants as written, since their floats are no times. A path that
 ends in `.gz` is compressed.
 """
 
@@ -32,7 +32,7 @@ Plain = dict[str, Any]
 _Code = Callable[[Any], Any]
 
 _TAGGED: dict[str, type[Any]] = {cls.__name__: cls for cls in (*get_args(Event), *get_args(Action))}
-_AS_WRITTEN = {(Configured, "settings"), (Configured, "profiles"), (Configured, "tiers")}
+_AS_WRITTEN = {(Configured, "settings"), (Configured, "profiles"), (Configured, "tiers"), (Configured, "tenants")}
 
 
 class JournalError(ValueError):

@@ -30,6 +30,8 @@ class FakeEngine:
     error_event: bool = False  # after the first token
     healthy: bool = True
     models: tuple[str, ...] = ()  # that it lists, if any
+    headers: tuple[tuple[str, str], ...] = ()  # more of them, with a stream
+    wants_key: str | None = None  # without which nobody is answered
     prompt_tokens: int = 7
     separator: bytes = b"\n\n"
     says_done: bool = True  # whether its streams end with [DONE]
@@ -89,6 +91,9 @@ class FakeEngine:
         writer: asyncio.StreamWriter,
     ) -> bool:
         """Whether the connection stays open."""
+        if self.wants_key is not None and headers.get("authorization") != f"Bearer {self.wants_key}":
+            _whole(writer, 401, "application/json", b'{"error": "Unauthorized"}')
+            return True
         if method == "GET":
             found = path == "/health" and self.healthy
             text = b"" if found else b"nothing here"
@@ -126,7 +131,8 @@ class FakeEngine:
     ) -> bool:
         writer.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\nx-engine: fake\r\n"
-            b"transfer-encoding: chunked\r\n\r\n"
+            + "".join(f"{name}: {value}\r\n" for name, value in self.headers).encode()
+            + b"transfer-encoding: chunked\r\n\r\n"
         )
         for number, event in enumerate(self.events(path, ask)):
             if number == self.hang_up_after:

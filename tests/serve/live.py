@@ -78,7 +78,8 @@ async def until(condition: Any, within_s: float = 10.0) -> None:
 @contextlib.asynccontextmanager
 async def listening(plan: Plan) -> AsyncIterator[Live]:
     """A gateway at work on a free port."""
-    plan = replace(plan, listen=replace(plan.listen, port=0), admin=replace(plan.listen, port=0))
+    shared = replace(plan.listen, port=0)
+    plan = replace(plan, listen=shared, admin=shared if plan.admin == plan.listen else plan.admin)
     listener = bound(plan.listen)
     async with running(plan) as house:
         server = Server(house.front, plan.bounds.shutdown_s)

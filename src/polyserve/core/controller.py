@@ -24,6 +24,7 @@ from polyserve.core.forecast import Forecast, Forecaster, compile_kernels
 from polyserve.core.lengths import LengthModel
 from polyserve.core.pending import Pending
 from polyserve.core.profile import Profile
+from polyserve.core.quota import Quotas
 from polyserve.core.routing import Placement, Refusal, Router
 from polyserve.core.scaling import Demand
 from polyserve.core.settings import Settings
@@ -176,6 +177,7 @@ class Controller:
         self._pending = Pending([tier.name for tier in self._tiers])
         self._demand = Demand(self._tiers, self._settings.length_prior_tokens, self._lengths if split else None)
         self._forecaster = Forecaster(self._settings, self._lengths)
+        self._quotas = Quotas(event.tenants, self._now)
         random = Random(event.seed)
 
         def given(fleet: Fleet) -> Given:
@@ -235,6 +237,10 @@ class Controller:
     # ------------------------------------------------------------------------------------------------- requests
 
     def _arrived(self, request: Request) -> None:
+        if self._quotas and (excess := self._quotas.admit(self._now, request)) is not None:
+            retry_s = to_microsecond(max(excess.retry_after_s, RETRY_FLOOR_S))
+            self._actions.append(Refuse(request.id, "rate_limit_exceeded", None, retry_s, excess.limit))
+            return
         job = self._admission.admit(request)
         if isinstance(job, str):
             self._refuse(request.id, job, None, None)
@@ -257,6 +263,7 @@ class Controller:
 
     def _refuse(self, request: RequestId, code: RefuseCode, tier: TierName | None, retry_s: float | None) -> None:
         retry = None if retry_s is None else to_microsecond(max(retry_s, RETRY_FLOOR_S))
+        self._quotas.ended(self._now, request)
         self._actions.append(Refuse(request, code, tier, retry))
 
     def _explain(self, job: Job, placement: Placement | None) -> None:
@@ -395,6 +402,7 @@ class Controller:
         return books, job if job is not None and job.instance == instance else None
 
     def _finished(self, event: Finished) -> None:
+        self._quotas.ended(self._now, event.request, event.output_tokens)
         books, job = self._resident(event.instance, event.request)
         if books is None or job is None:
             return
@@ -422,19 +430,21 @@ class Controller:
 
     def _cancelled(self, request: RequestId) -> None:
         if request in self._pending:
-            self._pending.remove(request)
+            self._quotas.ended(self._now, request, self._pending.remove(request).seen)
             return
         for books in self._fleet:
             job = books.jobs.get(request)
             if job is None or job.instance != books.id:
                 continue
             books.remove(request)
+            self._quotas.ended(self._now, request, job.seen)
             other = self._part(job)
             self._actions.append(Cancel(request, books.id))
             self._vacated(books)
             if other is not None:
                 self._vacated(other)
             return
+        self._quotas.ended(self._now, request)
 
     def _broken(self, event: Broken) -> None:
         books, job = self._resident(event.instance, event.request)

@@ -46,6 +46,23 @@ class Tier:
     on_late: Literal["refuse", "serve_late", "never"] | None = None  # None: the policy's
 
 
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Somebody whose requests count together; what is None has no bound."""
+
+    name: str
+    requests_per_s: float | None = None
+    tokens_per_s: float | None = None  # of prompts and answers together
+    burst_s: float = 10.0  # of either rate that may come at once after a pause
+    concurrency: int | None = None  # requests that are not answered yet
+    share: float = 1.0  # against other tenants, where requests of one tier wait
+
+    @property
+    def limited(self) -> bool:
+        """Whether anything bounds it."""
+        return any(bound is not None for bound in (self.requests_per_s, self.tokens_per_s, self.concurrency))
+
+
 class Role(StrEnum):
     """What an instance does in PD-disaggregated serving; co-located serving is `MIXED`."""
 
@@ -126,6 +143,7 @@ class Configured:
     tiers: tuple[Tier, ...]
     profiles: dict[str, dict[str, object]]
     seed: int = 0
+    tenants: tuple[Tenant, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,8 +348,15 @@ class HandOver:
 
 
 RefuseCode = Literal[
-    "overloaded", "slo_infeasible", "context_length_exceeded", "no_instances", "queue_full", "queue_timeout"
+    "overloaded",
+    "slo_infeasible",
+    "context_length_exceeded",
+    "no_instances",
+    "queue_full",
+    "queue_timeout",
+    "rate_limit_exceeded",
 ]
+Limit = Literal["requests", "tokens", "concurrency"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +365,7 @@ class Refuse:
     code: RefuseCode
     tier: TierName | None = None
     retry_after_s: float | None = None  # predicted drain; None: never worth a retry
+    limit: Limit | None = None  # of its tenant, with `rate_limit_exceeded`
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,14 +17,23 @@ import msgspec
 
 from polyserve.core.types import ChunkRule, RequestId, Slo
 from polyserve.serve.ask import Ask, field
-from polyserve.serve.plan import Order
+from polyserve.serve.plan import EngineSpec, Order
 
 PROBE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
 # Best effort comes after every deadline; engines keep priorities in 32 bits.
 LAST_PRIORITY = 2**31 - 1
 
+# Fields that only the router understands, or that only the router may set: who goes first, on which rank, under which
+# id, and whose KV is fetched from where.
+NOT_FOR_CLIENTS = ("nvext", "vllm_xargs", "priority", "request_id", "rid", "data_parallel_rank", "kv_transfer_params",
+                   "bootstrap_host", "bootstrap_port", "bootstrap_room")  # fmt: skip
+
 # The engine is gone, or answers what no engine would.
 UNREACHABLE = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError)
+
+
+class KeyRefusedError(Exception):
+    """The engine wants another key than it was given."""
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -79,10 +88,13 @@ class OpenAIEngine:
     kind = "openai"
     continues_chats = False  # whether it can go on with a message that was begun elsewhere
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, send_priority: bool = False) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, url: str, send_priority: bool = False, api_key: str | None = None
+    ) -> None:
         self.session = session
         self.url = url.rstrip("/")
         self.send_priority = send_priority
+        self.headers = credentials(api_key)
 
     def __repr__(self) -> str:
         return f"<{self.kind} engine at {self.url}>"
@@ -90,16 +102,18 @@ class OpenAIEngine:
     async def healthy(self) -> bool:
         """Whether the engine answers and says that it can serve."""
         try:
-            async with self.session.get(f"{self.url}/health", timeout=PROBE_TIMEOUT) as answer:
+            async with self.session.get(f"{self.url}/health", headers=self.headers, timeout=PROBE_TIMEOUT) as answer:
                 # A plain OpenAI server may not know the path; that it answers is enough.
                 return answer.status < 500
         except UNREACHABLE:
             return False
 
     async def models(self) -> list[str]:
-        """The models that it lists; none when it keeps them to itself."""
+        """The models that it lists; none when it keeps them to itself. Raises `KeyRefusedError`."""
         try:
-            async with self.session.get(f"{self.url}/v1/models", timeout=PROBE_TIMEOUT) as answer:
+            async with self.session.get(f"{self.url}/v1/models", headers=self.headers, timeout=PROBE_TIMEOUT) as answer:
+                if answer.status in (401, 403):
+                    raise KeyRefusedError(f"refuses {'our key' if self.headers else 'us without a key'}; see api_key")
                 if answer.status != 200:
                     return []
                 return [model.id for model in msgspec.json.decode(await answer.read(), type=_Models).data]
@@ -130,7 +144,7 @@ class OpenAIEngine:
 
         `left_s` is what is left of the TTFT, `due_at` the first token's deadline on our clock.
         """
-        changes: dict[str, object] = {key: None for key in ("nvext", "vllm_xargs", "priority") if key in ask.fields}
+        changes: dict[str, object] = {key: None for key in NOT_FOR_CLIENTS if key in ask.fields}
         if ask.streamable and not ask.stream:
             changes["stream"] = True
         if ask.streamable and not ask.include_usage and ask.endpoint != "responses":  # which tells it anyway
@@ -153,15 +167,16 @@ class VllmEngine(OpenAIEngine):
 
     async def load(self) -> Load | None:
         try:
-            async with self.session.get(f"{self.url}/metrics", timeout=PROBE_TIMEOUT) as answer:
+            async with self.session.get(f"{self.url}/metrics", headers=self.headers, timeout=PROBE_TIMEOUT) as answer:
                 return parsed_metrics(await answer.text()) if answer.status == 200 else None
         except UNREACHABLE:
             return None
 
     async def tokenize(self, model: str, text: str) -> list[int] | None:
         body = {"model": model, "prompt": text, "add_special_tokens": False}
+        url = f"{self.url}/tokenize"
         try:
-            async with self.session.post(f"{self.url}/tokenize", json=body, timeout=PROBE_TIMEOUT) as answer:
+            async with self.session.post(url, json=body, headers=self.headers, timeout=PROBE_TIMEOUT) as answer:
                 return msgspec.json.decode(await answer.read(), type=_Tokens).tokens if answer.status == 200 else None
         except UNREACHABLE:
             return None
@@ -189,17 +204,20 @@ class EmulatedEngine(VllmEngine):
     kind = "emulator"
 
     async def facts(self) -> Facts:
-        async with self.session.get(f"{self.url}/polyserve/info", timeout=PROBE_TIMEOUT) as answer:
+        async with self.session.get(
+            f"{self.url}/polyserve/info", headers=self.headers, timeout=PROBE_TIMEOUT
+        ) as answer:
             return msgspec.json.decode(await answer.read(), type=Facts)
 
     async def set_pace(self, pace_s: float) -> None:
         body = {"pace_s": pace_s}
-        async with self.session.post(f"{self.url}/polyserve/pace", json=body, timeout=PROBE_TIMEOUT):
+        url = f"{self.url}/polyserve/pace"
+        async with self.session.post(url, json=body, headers=self.headers, timeout=PROBE_TIMEOUT):
             pass
 
     async def telemetry(self) -> AsyncIterator[Telemetry]:
         decoder = msgspec.json.Decoder(Telemetry)
-        async with self.session.get(f"{self.url}/polyserve/telemetry") as answer:
+        async with self.session.get(f"{self.url}/polyserve/telemetry", headers=self.headers) as answer:
             if answer.status == 200:
                 async for line in answer.content:
                     if line.strip():
@@ -209,25 +227,28 @@ class EmulatedEngine(VllmEngine):
 KINDS: dict[str, type[OpenAIEngine]] = {kind.kind: kind for kind in (OpenAIEngine, VllmEngine, EmulatedEngine)}
 
 
-async def detect(
-    session: aiohttp.ClientSession, url: str, kind: str = "auto", send_priority: bool = False
-) -> OpenAIEngine | None:
-    """The engine that answers at `url`, or None when nothing does."""
+def credentials(api_key: str | None) -> dict[str, str]:
+    """The headers that show an engine our key."""
+    return {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+
+
+async def detect(session: aiohttp.ClientSession, spec: EngineSpec) -> OpenAIEngine | None:
+    """The engine that answers at a URL, or None when nothing does."""
+    kind: str | None = spec.kind
     if kind == "auto":
-        found = await _detected_kind(session, url.rstrip("/"))
-        if found is None:
-            return None
-        kind = found
-    engine = KINDS[kind](session, url, send_priority)
+        kind = await _detected_kind(session, spec.url.rstrip("/"), credentials(spec.api_key))
+    if kind is None:
+        return None
+    engine = KINDS[kind](session, spec.url, spec.send_priority, spec.api_key)
     return engine if await engine.healthy() else None
 
 
-async def _detected_kind(session: aiohttp.ClientSession, url: str) -> str | None:
+async def _detected_kind(session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> str | None:
     try:
-        async with session.get(f"{url}/polyserve/info", timeout=PROBE_TIMEOUT) as answer:
+        async with session.get(f"{url}/polyserve/info", headers=headers, timeout=PROBE_TIMEOUT) as answer:
             if answer.status == 200:
                 return EmulatedEngine.kind
-        async with session.get(f"{url}/metrics", timeout=PROBE_TIMEOUT) as answer:
+        async with session.get(f"{url}/metrics", headers=headers, timeout=PROBE_TIMEOUT) as answer:
             text = await answer.text() if answer.status == 200 else ""
             return VllmEngine.kind if "\nvllm:" in text else OpenAIEngine.kind
     except UNREACHABLE:

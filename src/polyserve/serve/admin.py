@@ -14,11 +14,13 @@ from starlette.routing import Route
 
 import polyserve
 from polyserve.core.types import Tier
+from polyserve.serve.access import OPEN_PATHS, Operators
 from polyserve.serve.adapters import KINDS, chunk_rule
-from polyserve.serve.app import RESTART_S, no_model
+from polyserve.serve.app import RESTART_S, App, no_model, send_error
 from polyserve.serve.errors import ApiError
 from polyserve.serve.fleet import Node
 from polyserve.serve.gateway import Gateway
+from polyserve.serve.headers import incoming
 from polyserve.serve.metrics import DECISIONS_KEPT
 from polyserve.serve.plan import EngineKind, EngineSpec
 
@@ -41,14 +43,27 @@ class House(Protocol):
     def metrics_text(self) -> bytes: ...
 
 
-def public(house: House, with_admin: bool) -> Starlette:
+def public(house: House, with_admin: bool, with_metrics: bool) -> Starlette:
     """What stands beside the completions; with the admin API when both share a listener."""
-    return _application([*_public_routes(house), *(_admin_routes(house) if with_admin else ())])
+    metrics = [_metrics(house)] if with_admin or with_metrics else []
+    return _application([*_public_routes(house), *metrics, *(_admin_routes(house) if with_admin else ())])
 
 
-def admin(house: House) -> Starlette:
+def admin(house: House, operators: Operators) -> App:
     """The admin API on a listener of its own."""
-    return _application([*_public_routes(house), *_admin_routes(house)])
+    application = _application([*_public_routes(house), _metrics(house), *_admin_routes(house)])
+
+    async def guarded(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            headers = incoming(scope["headers"])
+            if scope["path"] not in OPEN_PATHS:
+                operators.check(scope, headers)
+        except ApiError as error:
+            await send_error(send, error)
+            return
+        await application(scope, receive, send)
+
+    return guarded
 
 
 def _application(routes: list[Route]) -> Starlette:
@@ -74,9 +89,6 @@ def _public_routes(house: House) -> list[Route]:
             raise ApiError(503, "no_instances", "no instance is ready", retry_after_s=1.0)
         return Reply({"status": "ready", "models": ready})
 
-    async def metrics(request: Request) -> Response:
-        return Response(house.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
     async def version(request: Request) -> Response:
         return Reply({"version": polyserve.__version__})
 
@@ -85,9 +97,15 @@ def _public_routes(house: House) -> list[Route]:
         Route("/v1/models/{model:path}", model),
         Route("/health", health),
         Route("/ready", ready),
-        Route("/metrics", metrics),
         Route("/version", version),
     ]
+
+
+def _metrics(house: House) -> Route:
+    async def metrics(request: Request) -> Response:
+        return Response(house.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return Route("/metrics", metrics)
 
 
 def _admin_routes(house: House) -> list[Route]:
@@ -224,6 +242,7 @@ class _Join(msgspec.Struct, forbid_unknown_fields=True):
     kind: str = "auto"
     chunk: str | None = None
     send_priority: bool = False
+    api_key: str | None = None
 
 
 def _joining(house: House, raw: bytes) -> tuple[Gateway, EngineSpec]:
@@ -237,14 +256,19 @@ def _joining(house: House, raw: bytes) -> tuple[Gateway, EngineSpec]:
     if profile not in gateway.profiles:
         there = ", ".join(gateway.profiles)
         raise ApiError(400, "unknown_profile", f"profile {profile!r} is not configured; there are: {there}", "profile")
-    if not re.fullmatch(r"https?://[^\s/]+\S*", body.url):
-        raise ApiError(400, "invalid_url", f"url is http://HOST:PORT, not {body.url!r}", "url")
+    if not re.fullmatch(r"https?://[^\s/@]+(/\S*)?", body.url):
+        message = "url is http://HOST:PORT, without user and password (api_key is for that)"
+        raise ApiError(400, "invalid_url", message, "url")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", body.id):
         raise ApiError(400, "invalid_id", f"id is up to 63 letters, digits, dots and dashes, not {body.id!r}", "id")
     if body.kind not in ("auto", *KINDS):
         raise ApiError(400, "invalid_kind", f"kind is one of auto, {', '.join(KINDS)}, not {body.kind!r}", "kind")
+    if body.api_key is not None and not re.fullmatch(r"[\x21-\x7e]+", body.api_key):
+        raise ApiError(400, "invalid_api_key", "api_key is printable ASCII without spaces", "api_key")
     kind = cast(EngineKind, body.kind)
-    return gateway, EngineSpec(body.id, body.url, profile, kind, chunk, send_priority=body.send_priority)
+    return gateway, EngineSpec(
+        body.id, body.url, profile, kind, chunk, send_priority=body.send_priority, api_key=body.api_key
+    )
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

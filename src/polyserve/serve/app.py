@@ -13,12 +13,14 @@ from typing import Any, Protocol
 
 from polyserve.core.types import Request
 from polyserve.serve import ask as asks
+from polyserve.serve.access import OPEN_PATHS, Operators, tenants_keyring
 from polyserve.serve.ask import Endpoint
 from polyserve.serve.errors import ApiError
 from polyserve.serve.fleet import PATHS, Fleet
 from polyserve.serve.gateway import Gateway
+from polyserve.serve.headers import incoming
 from polyserve.serve.inflight import Inflight, Send, Ticket
-from polyserve.serve.plan import Bounds
+from polyserve.serve.plan import Bounds, TenantPlan
 from polyserve.serve.upstream import Exchange
 
 log = logging.getLogger(__name__)
@@ -45,41 +47,68 @@ class Front:
     """The ASGI application of the gateway's listener."""
 
     def __init__(
-        self, gateways: Sequence[Gateway], bounds: Bounds, beside: App, clock: Callable[[], float] = monotonic
+        self,
+        gateways: Sequence[Gateway],
+        bounds: Bounds,
+        beside: App,
+        tenants: Sequence[TenantPlan] = (),
+        operators: Operators | None = None,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
+        """`operators` guard what is beside; None: it has nothing that is not for everybody."""
         self._clock = clock
         self._bounds = bounds
         self._beside = beside
+        self._tenants = tenants_keyring(tenants) if tenants else None
+        self._operators = operators
         self._gateways = {name: gateway for gateway in gateways for name in (gateway.model, *gateway.plan.aliases)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        endpoint = _ENDPOINTS.get(scope["path"]) if scope["type"] == "http" else None
-        if endpoint is None:
-            await self._beside(scope, receive, send)
-            return
-        headers: dict[bytes, bytes] = dict(scope["headers"])
-        client_id = headers.get(b"x-request-id", b"")
-        if not _REQUEST_ID.fullmatch(client_id):
-            client_id = uuid.uuid4().hex.encode()
+        path = scope["path"]
+        client_id = b""
         try:
-            if scope["method"] != "POST":
-                raise ApiError(405, "method_not_allowed", f"{scope['path']} takes POST, not {scope['method']}")
-            await self._complete(endpoint, headers, client_id, receive, send)
+            headers = incoming(scope["headers"])
+            client_id = headers.get(b"x-request-id", b"")
+            if not _REQUEST_ID.fullmatch(client_id):
+                client_id = uuid.uuid4().hex.encode()
+            tenant = self._admit(scope, path, headers)
+            endpoint = _ENDPOINTS.get(path)
+            if endpoint is None:
+                await self._beside(scope, receive, send)
+            elif scope["method"] != "POST":
+                raise ApiError(405, "method_not_allowed", f"{path} takes POST, not {scope['method']}")
+            else:
+                await self._complete(endpoint, headers, client_id, tenant, receive, send)
         except ApiError as error:
             await send_error(send, error, client_id)
 
+    def _admit(self, scope: Scope, path: str, headers: Mapping[bytes, bytes]) -> TenantPlan | None:
+        """Who asks, where that matters; raises `ApiError` for those who may not."""
+        if path.startswith("/v1/"):
+            return None if self._tenants is None else self._tenants.owner(headers)
+        if self._operators is not None and path not in OPEN_PATHS:
+            self._operators.check(scope, headers)
+        return None
+
     async def _complete(
-        self, endpoint: Endpoint, headers: Mapping[bytes, bytes], client_id: bytes, receive: Receive, send: Send
+        self,
+        endpoint: Endpoint,
+        headers: Mapping[bytes, bytes],
+        client_id: bytes,
+        tenant: TenantPlan | None,
+        receive: Receive,
+        send: Send,
     ) -> None:
         arrived_at = self._clock()
-        raw = await _body(headers, receive, self._bounds.body_bytes)
+        most = self._bounds.body_bytes if tenant is None or tenant.body_bytes is None else tenant.body_bytes
+        raw = await _body(headers, receive, most)
         if raw is None:
             return
         ask = asks.parse(endpoint, raw)
         gateway = self._gateways.get(ask.model)
         if gateway is None:
             raise no_model(ask.model, self._gateways)
-        slo = gateway.paces.asked(headers, ask.body)
+        slo = gateway.paces.asked(headers, ask.body, tenant)
         prompt_tokens = await gateway.counter.tokens(ask)
         request = Request(
             id=_internal_id(client_id, gateway.inflight),
@@ -88,6 +117,7 @@ class Front:
             slo=slo,
             max_tokens=ask.max_tokens,
             n=ask.n,
+            tenant="" if tenant is None else tenant.tenant.name,
         )
         ticket = gateway.inflight.open(request, client_id)
         if ticket is None:
@@ -137,13 +167,13 @@ def _internal_id(client_id: bytes, inflight: Inflight) -> str:
     return f"{name}-{uuid.uuid4().hex[:8]}" if name in inflight else name
 
 
-async def send_error(send: Send, error: ApiError, client_id: bytes) -> None:
+async def send_error(send: Send, error: ApiError, client_id: bytes = b"") -> None:
     """An error as the whole answer."""
     body = error.body
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
-        (b"x-request-id", client_id),
+        *([(b"x-request-id", client_id)] if client_id else ()),
         *error.headers,
     ]
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from polyserve.core.types import Refuse, RefuseCode, Request
+from polyserve.core.types import Limit, Refuse, RefuseCode, Request
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -38,7 +38,7 @@ class ApiError(Exception):
     @property
     def headers(self) -> Headers:
         """The headers that tell a client whether and when to try again."""
-        headers: Headers = []
+        headers: Headers = [(b"www-authenticate", b"Bearer")] if self.status == 401 else []
         if self.retry_after_s is not None:
             # Seconds are whole, and never 0: a client that comes back at once meets the same refusal.
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s))))
@@ -81,6 +81,12 @@ _REFUSALS: dict[RefuseCode, tuple[int, str]] = {
     "no_instances": (503, "no instance is ready"),
     "queue_full": (429, "the queue of this tier is full"),
     "queue_timeout": (429, "the request waited longer than the queue allows"),
+    "rate_limit_exceeded": (429, "this key's tenant is over its bound"),
+}
+_LIMITS: dict[Limit, str] = {
+    "requests": "requests per second",
+    "tokens": "tokens per second",
+    "concurrency": "requests at once",
 }
 # What a client that may retry waits when the core cannot tell: one look at the fleet's tails.
 _UNKNOWN_RETRY_S = 1.0
@@ -93,6 +99,8 @@ def refusal(refuse: Refuse, request: Request) -> ApiError:
         message = message.format(prompt=request.prompt_tokens, wanted=request.max_tokens or 1)
     if refuse.tier is not None:
         message = f"{message} (tier {refuse.tier!r})"
+    if refuse.limit is not None:
+        message = f"{message} of {_LIMITS[refuse.limit]}"
     if status == 400:
         return ApiError(status, refuse.code, message)
     retry = _UNKNOWN_RETRY_S if refuse.retry_after_s is None else refuse.retry_after_s

@@ -29,7 +29,16 @@ from polyserve.core.types import (
     to_microsecond,
 )
 from polyserve.progress import ProgressCollector
-from polyserve.serve.adapters import UNREACHABLE, Facts, Load, OpenAIEngine, Telemetry, chunk_rule, detect
+from polyserve.serve.adapters import (
+    UNREACHABLE,
+    Facts,
+    KeyRefusedError,
+    Load,
+    OpenAIEngine,
+    Telemetry,
+    chunk_rule,
+    detect,
+)
 from polyserve.serve.ask import Endpoint
 from polyserve.serve.driver import Driver
 from polyserve.serve.inflight import Ticket
@@ -87,6 +96,7 @@ class Node:
         self.progress = ProgressCollector(spec.id)
         self.tokens_per_event = 1.0
         self.wire = Wire(spec.url, connect_s)
+        self.credentials = [] if spec.api_key is None else [(b"authorization", b"Bearer " + spec.api_key.encode())]
         self.tells = False  # its own telemetry stands in for what its streams show
         self._told_at = float("-inf")
         self._driver = driver
@@ -205,10 +215,13 @@ class Node:
 
     async def _join(self) -> str:
         """Take it in if it answers and can serve; says why not, or nothing."""
-        engine = await detect(self._session, self.spec.url, self.spec.kind, self.spec.send_priority)
+        engine = await detect(self._session, self.spec)
         if engine is None:
             return SILENT
-        models = await engine.models()
+        try:
+            models = await engine.models()
+        except KeyRefusedError as error:  # it would refuse every request
+            return str(error)
         if models and self.model not in models:  # it would refuse every request, and so fast that it got most
             return f"serves {', '.join(map(repr, models))}, not {self.model!r}"
         try:

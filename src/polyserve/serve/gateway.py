@@ -186,7 +186,8 @@ class Gateway:
             self.driver.post(Failed(self.driver.now(), instance, str(error)))
             return
         profile = self.plan.launcher.profile if self.plan.launcher else self.profiles[0]
-        self.fleet.add(EngineSpec(instance, url, profile, launched=True))
+        api_key = self.plan.launcher.api_key if self.plan.launcher else None
+        self.fleet.add(EngineSpec(instance, url, profile, launched=True, api_key=api_key))
 
     async def _stop(self, instance: InstanceId) -> None:
         await self.fleet.remove(instance)

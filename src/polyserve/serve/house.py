@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import threading
 import time
@@ -14,11 +15,14 @@ from typing import IO
 import aiohttp
 
 from polyserve.serve import admin
+from polyserve.serve.access import Operators
 from polyserve.serve.app import Front
 from polyserve.serve.gateway import Gateway
 from polyserve.serve.listener import GatewayError, Server, bound
 from polyserve.serve.metrics import exposition
 from polyserve.serve.plan import Plan
+
+log = logging.getLogger(__name__)
 
 # Engines close idle connections after 5 s (uvicorn's default); ours are given up before that.
 KEEP_ALIVE_S = 4.0
@@ -32,8 +36,10 @@ class House:
         self.gateways = {gateway.model: gateway for gateway in gateways}
         self.created = int(time.time())
         shared = plan.admin is not None and plan.admin == plan.listen
-        self.front = Front(gateways, plan.bounds, admin.public(self, with_admin=shared))
-        self.admin = admin.admin(self)
+        operators = Operators(plan.admin_keys)
+        beside = admin.public(self, with_admin=shared, with_metrics=not plan.tenants)
+        self.front = Front(gateways, plan.bounds, beside, plan.tenants, operators if shared else None)
+        self.admin = admin.admin(self, operators)
 
     def __repr__(self) -> str:
         return f"<house of {', '.join(self.gateways)}>"
@@ -74,10 +80,18 @@ async def running(plan: Plan) -> AsyncIterator[House]:
             journal = stack.enter_context(_journal(model.journal))
             gateways.append(Gateway(model, plan.bounds, session, journal))
         house = House(plan, gateways)
+        _say_what_is_open(plan)
         for gateway in gateways:
             stack.push_async_callback(gateway.close)
             gateway.open()
         yield house
+
+
+def _say_what_is_open(plan: Plan) -> None:
+    """Name what anybody can reach without a key."""
+    if not plan.tenants and not plan.listen.loopback:
+        where = f"{plan.listen.host}:{plan.listen.port}"
+        log.warning("anybody who reaches %s may send requests: the config has no tenants", where)
 
 
 @contextlib.contextmanager

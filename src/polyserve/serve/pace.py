@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyserve.core.types import Slo, Tier, TierName, to_microsecond
+from polyserve.serve.access import check_tier, clamped, usual_tier
 from polyserve.serve.errors import ApiError
-
-BEST_EFFORT = "best-effort"  # in place of a tier's name: no SLO at all
+from polyserve.serve.plan import BEST_EFFORT as BEST_EFFORT
+from polyserve.serve.plan import TenantPlan
 
 _NUMBER = re.compile(r"\d{1,12}(\.\d{1,9})?")
 # A deadline further off than a day is none; the loosest tier takes it in.
@@ -36,12 +37,21 @@ class Paces:
     service_tiers: Mapping[str, TierName]  # OpenAI's `service_tier` to a tier or `BEST_EFFORT`
     default: TierName
 
-    def asked(self, headers: Mapping[bytes, bytes], body: Mapping[str, Any]) -> Slo | None:
-        """The SLO asked for, or None for best effort; raises `ApiError` naming what is malformed.
+    def asked(
+        self, headers: Mapping[bytes, bytes], body: Mapping[str, Any], tenant: TenantPlan | None = None
+    ) -> Slo | None:
+        """The SLO asked for, or None for best effort; raises `ApiError` naming what is malformed or not allowed.
 
         `body` holds the fields `nvext`, `vllm_xargs` and `service_tier`, as far as they were sent.
         """
-        name = self._named(headers, body)
+        if tenant is None:
+            return self._slo(headers, body, self._named(headers, body, self.default))
+        name = self._named(headers, body, usual_tier(tenant, self.tiers, self.default))
+        check_tier(tenant, name)
+        slo = self._slo(headers, body, name)
+        return None if slo is None else clamped(tenant, self.tiers, slo)
+
+    def _slo(self, headers: Mapping[bytes, bytes], body: Mapping[str, Any], name: TierName) -> Slo | None:
         ttft_ms, tpot_ms = _in_headers(headers)
         if ttft_ms is None and tpot_ms is None:
             ttft_ms, tpot_ms = _in_body(body)
@@ -61,7 +71,7 @@ class Paces:
             return asked
         return next((name for name, to in named.items() if to == got), "default")
 
-    def _named(self, headers: Mapping[bytes, bytes], body: Mapping[str, Any]) -> TierName:
+    def _named(self, headers: Mapping[bytes, bytes], body: Mapping[str, Any], default: TierName) -> TierName:
         value = headers.get(_TIER)
         if value is not None:
             name = value.decode("latin-1")
@@ -71,11 +81,11 @@ class Paces:
             return name
         wanted = body.get("service_tier")
         if wanted is None:
-            return self.default
+            return default
         if not isinstance(wanted, str) or (wanted not in SERVICE_TIERS and wanted not in self.service_tiers):
             there = ", ".join(dict.fromkeys([*SERVICE_TIERS, *self.service_tiers]))
             raise ApiError(400, "invalid_type", f"service_tier is one of {there}, not {wanted!r}", "service_tier")
-        return self.service_tiers.get(wanted, self.default)
+        return self.service_tiers.get(wanted, default)
 
     def _tier(self, name: TierName) -> Tier | None:
         return next((tier for tier in self.tiers if tier.name == name), None)

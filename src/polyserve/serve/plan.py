@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from polyserve.core.types import ChunkRule, Configured, InstanceId, TierName
+from polyserve.core.types import ChunkRule, Configured, InstanceId, Tenant, TierName
 
+BEST_EFFORT = "best-effort"  # in place of a tier's name: no SLO at all
 EngineKind = Literal["auto", "vllm", "emulator", "openai"]
 Order = Literal["deadline", "fcfs"]
 
@@ -39,6 +40,7 @@ class EngineSpec:
     max_num_batched_tokens: int | None = None
     send_priority: bool = False  # stock vLLM refuses `priority` unless it was started for it
     launched: bool = False  # by our launcher, which stops it too
+    api_key: str | None = field(default=None, repr=False)  # that it wants of us
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,24 @@ class LocalPlan:
     environment: Mapping[str, str] = field(default_factory=dict)
     start_timeout_s: float = 120.0
     stop_timeout_s: float = 10.0
+    api_key: str | None = field(default=None, repr=False)  # that they want of us
+
+
+@dataclass(frozen=True, slots=True)
+class TenantPlan:
+    """One tenant at the door; how often it may come is in `tenant`, for the brain."""
+
+    tenant: Tenant
+    keys: tuple[str, ...] = field(repr=False)  # their SHA-256, in hex
+    tiers: tuple[TierName, ...] | None = None  # that it may have; None: all, and best effort
+    default_tier: TierName | None = None  # None: the model's, or the first of its own
+    tightest_tpot_s: float = 0.0
+    tightest_ttft_s: float = 0.0
+    body_bytes: int | None = None  # None: as for everybody
+
+    def may(self, tier: TierName) -> bool:
+        """Whether it may have a tier, or best effort."""
+        return self.tiers is None or tier in self.tiers
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +107,8 @@ class Plan:
     listen: Address
     admin: Address | None  # None: no admin endpoints; equal to `listen`: on the same listener
     models: tuple[ModelPlan, ...]
+    tenants: tuple[TenantPlan, ...] = ()  # none: open to everybody
+    admin_keys: tuple[str, ...] = field(default=(), repr=False)  # their SHA-256, in hex
     bounds: Bounds = Bounds()
 
     @property

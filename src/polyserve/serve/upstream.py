@@ -23,6 +23,7 @@ from polyserve.serve.continuation import DONE, Begun, Kept, NotContinuableError,
 from polyserve.serve.driver import Driver
 from polyserve.serve.errors import ApiError, Headers, refusal
 from polyserve.serve.fleet import PATHS, Fleet, Node
+from polyserve.serve.headers import for_client, for_engine
 from polyserve.serve.inflight import Interruption, Message, Send, Ticket
 from polyserve.serve.pace import Paces
 from polyserve.serve.plan import Bounds
@@ -35,22 +36,14 @@ log = logging.getLogger(__name__)
 
 Scanner = EventScanner | ResponseScanner
 
-# RFC 9110, 7.6.1, and what the two ends of a proxy each say for themselves.
-HOP_BY_HOP = frozenset(
-    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
-    b"transfer-encoding upgrade".split()
-)
-NOT_UPSTREAM = HOP_BY_HOP | frozenset(b"host content-length accept-encoding content-type expect x-request-id".split())
-NOT_DOWNSTREAM = HOP_BY_HOP | frozenset(b"content-length content-encoding date server x-request-id".split())
 OUR_HEADERS = [(b"content-type", b"application/json"), (b"accept-encoding", b"identity")]
-OURS = (b"x-polyserve-", b"x-slo-", b"x-llm-d-slo-", b"x-sgl-")
 
 # What remains after `[DONE]` is the end of the chunked body; a connection that gives it is used again.
 GOODBYE_S = 1.0
 LONGEST_ERROR = 1024 * 1024
 LONGEST_ANSWER = 256 * 1024 * 1024
-# The engine's answers that another instance may better.
-WORTH_ANOTHER = frozenset((408, 425, 429))
+# The engine's answers that another instance may better. What it has against our key is no business of the client's.
+WORTH_ANOTHER = frozenset((401, 403, 407, 408, 425, 429))
 
 
 class StreamFailedError(Exception):
@@ -235,7 +228,7 @@ class Exchange:
     async def _open(self, node: Node, dispatch: Dispatch) -> Answer:
         body = await self._body(node, dispatch)
         try:
-            return await node.wire.post(PATHS[self.ask.endpoint], self._upstream_headers(), body)
+            return await node.wire.post(PATHS[self.ask.endpoint], self._upstream_headers(node), body)
         except ConnectError as error:
             raise StreamFailedError(f"it cannot be reached: {_why(error)}", refused=True) from error
         except OSError as error:
@@ -257,13 +250,9 @@ class Exchange:
             changes |= continuation.changes(self.ask, begun, ids)
         return rewritten(self.ask.fields, changes) if changes else self.ask.raw
 
-    def _upstream_headers(self) -> Headers:
-        theirs = [
-            header
-            for header in self._headers.items()
-            if header[0] not in NOT_UPSTREAM and not header[0].startswith(OURS)
-        ]
-        return [*theirs, *OUR_HEADERS, (b"x-request-id", self.ticket.request.id.encode())]
+    def _upstream_headers(self, node: Node) -> Headers:
+        ours = [*OUR_HEADERS, *node.credentials, (b"x-request-id", self.ticket.request.id.encode())]
+        return [*for_engine(self._headers), *ours]
 
     # -- to the client
 
@@ -388,7 +377,7 @@ class Exchange:
 
     async def _start(self, answer: Answer, dispatch: Dispatch | None, more: Headers) -> None:
         named = {name for name, _ in more}
-        headers = [header for header in answer.headers if header[0] not in NOT_DOWNSTREAM and header[0] not in named]
+        headers = [header for header in for_client(answer.headers) if header[0] not in named]
         self.started = True
         head = [*headers, *more, *self._our_headers(dispatch)]
         message: Message = {"type": "http.response.start", "status": self.status, "headers": head}
