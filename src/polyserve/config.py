@@ -115,6 +115,11 @@ class LimitsConfig(_Section):
     body_mib: Annotated[float, Field(gt=0, le=1024)] = 16.0
     open_requests: Positive = 20_000
     attempts: Positive = 3
+    connections: Positive = 20_000
+    head_kib: Annotated[float, Field(ge=1, le=1024)] = 64.0
+    head_s: Seconds = 10.0
+    upload_s: Seconds = 60.0
+    stall_s: Seconds = 30.0
     silence_s: Seconds = 300.0
     connect_s: Seconds = 5.0
     shutdown_s: Seconds = 60.0
@@ -464,6 +469,11 @@ def _bounds(limits: LimitsConfig) -> Bounds:
         body_bytes=round(limits.body_mib * 1024 * 1024),
         open_requests=limits.open_requests,
         attempts=limits.attempts,
+        connections=limits.connections,
+        head_bytes=round(limits.head_kib * 1024),
+        head_s=limits.head_s,
+        upload_s=limits.upload_s,
+        stall_s=limits.stall_s,
         silence_s=limits.silence_s,
         connect_s=limits.connect_s,
         shutdown_s=limits.shutdown_s,

@@ -82,7 +82,7 @@ async def listening(plan: Plan) -> AsyncIterator[Live]:
     plan = replace(plan, listen=shared, admin=shared if plan.admin == plan.listen else plan.admin)
     listener = bound(plan.listen)
     async with running(plan) as house:
-        server = Server(house.front, plan.bounds.shutdown_s)
+        server = Server(house.front, plan.bounds)
         serving = asyncio.create_task(server.serve([listener]))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)

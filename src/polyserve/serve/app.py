@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 Scope = dict[str, Any]
 
 _ENDPOINTS: dict[str, Endpoint] = {path: endpoint for endpoint, path in PATHS.items()}
-# A body that takes longer than this to arrive is not worth the wait.
-UPLOAD_S = 60.0
 # What a client waits for another gateway, or for this one to come back.
 RESTART_S = 5.0
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -101,7 +99,7 @@ class Front:
     ) -> None:
         arrived_at = self._clock()
         most = self._bounds.body_bytes if tenant is None or tenant.body_bytes is None else tenant.body_bytes
-        raw = await _body(headers, receive, most)
+        raw = await _body(headers, receive, most, self._bounds.upload_s)
         if raw is None:
             return
         ask = asks.parse(endpoint, raw)
@@ -184,8 +182,8 @@ async def send_error(send: Send, error: ApiError, client_id: bytes = b"") -> Non
             raise
 
 
-async def _body(headers: Mapping[bytes, bytes], receive: Receive, most: int) -> bytes | None:
-    """The request's body; None when the client left before its end. Raises `ApiError` when it is too large.
+async def _body(headers: Mapping[bytes, bytes], receive: Receive, most: int, within_s: float) -> bytes | None:
+    """The request's body; None when the client left before its end. Raises `ApiError` when it is too large or slow.
 
     What is too large is taken in all the same, and thrown away: clients read no answer before they have sent all.
     """
@@ -197,10 +195,10 @@ async def _body(headers: Mapping[bytes, bytes], receive: Receive, most: int) -> 
         too_large = len(body) > most
     else:
         try:
-            async with asyncio.timeout(UPLOAD_S):
+            async with asyncio.timeout(within_s):
                 rest = await _rest(message, receive, 0 if too_large else most)
         except TimeoutError:
-            raise ApiError(408, "request_timeout", f"the body did not arrive within {UPLOAD_S:g} s") from None
+            raise ApiError(408, "request_timeout", f"the body did not arrive within {within_s:g} s") from None
         if rest is None:
             return None
         body, too_large = rest

@@ -35,7 +35,7 @@ class _Corked:
         else:
             # Of requests in a pipeline this is the latest to be read; answers before it are written as they come.
             cycle = self._protocol.cycle
-            if cycle is not self._begun and cycle.response_started:
+            if cycle is not None and cycle is not self._begun and cycle.response_started:
                 self._begun, self._head = cycle, data
                 return
         self._transport.write(data)

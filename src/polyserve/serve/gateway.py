@@ -217,7 +217,7 @@ class Gateway:
             now = self.driver.now()
             for node in self.fleet:
                 for ticket in list(node.tickets.values()):
-                    if now - ticket.last_at > bound_s:
+                    if now - ticket.last_at > bound_s and not ticket.unread:
                         ticket.interrupt("silent")
 
 

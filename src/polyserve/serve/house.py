@@ -18,7 +18,7 @@ from polyserve.serve import admin
 from polyserve.serve.access import Operators
 from polyserve.serve.app import Front
 from polyserve.serve.gateway import Gateway
-from polyserve.serve.listener import GatewayError, Server, bound
+from polyserve.serve.listener import GatewayError, Server, bound, make_room
 from polyserve.serve.metrics import exposition
 from polyserve.serve.plan import Plan
 
@@ -112,16 +112,17 @@ async def serve(plan: Plan, on_ready: Callable[[House, int], None] | None = None
 
     `on_ready` is told of the house and of the port it listens on.
     """
+    make_room(plan.bounds)
     apart = plan.admin if plan.admin != plan.listen else None
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(bound(plan.listen))
         admin_listener = stack.enter_context(bound(apart)) if apart is not None else None
         house = await stack.enter_async_context(running(plan))
-        front = Server(house.front, plan.bounds.shutdown_s)
+        front = Server(house.front, plan.bounds)
         serving = [asyncio.create_task(front.serve([listener]))]
         servers = [front]
         if admin_listener is not None:
-            servers.append(Server(house.admin, plan.bounds.shutdown_s))
+            servers.append(Server(house.admin, plan.bounds))
             serving.append(asyncio.create_task(servers[1].serve([admin_listener])))
         with _signals(house, servers):
             if on_ready is not None:

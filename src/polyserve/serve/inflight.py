@@ -29,6 +29,7 @@ from polyserve.serve.driver import Driver
 
 if TYPE_CHECKING:
     from polyserve.serve.fleet import Node
+    from polyserve.serve.wire import Answer
 
 # A count closer than this to what the brain believes is no news to it.
 CORRECTED_BY = 0.02
@@ -61,6 +62,7 @@ class Ticket:
         self.refused_by: TierName | None = None
         self.gone = False  # the client has left
         self.sending = False  # the client is being sent something, and takes its time
+        self.reading: Answer | None = None  # what the present stream comes from
         self._inflight = inflight
         self._driver = driver
         self._task = task
@@ -77,6 +79,11 @@ class Ticket:
 
     def __repr__(self) -> str:
         return f"<ticket {self.request.id} on {self.node}, {self.tokens} tokens, {self.outcome or 'open'}>"
+
+    @property
+    def unread(self) -> bool:
+        """Whether the engine has said more than the client has taken: then its silence is not the engine's."""
+        return self.reading is not None and self.reading.unread > 0
 
     async def decision(self) -> Dispatch | Refuse:
         """What the brain says next of this request."""

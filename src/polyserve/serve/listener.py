@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import resource
 import socket
 from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
 
-from polyserve.serve.corked import CorkedProtocol
-from polyserve.serve.plan import Address
+from polyserve.serve.edge import EdgeConfig
+from polyserve.serve.plan import Address, Bounds
+
+log = logging.getLogger(__name__)
 
 BACKLOG = 4096
+# Open files besides those of streams: listeners, journals, probes.
+OTHER_FILES = 512
 
 
 class GatewayError(Exception):
@@ -24,26 +29,41 @@ class GatewayError(Exception):
 class Server(uvicorn.Server):
     """One listener; signals are the business of `serve`."""
 
-    def __init__(self, app: Any, shutdown_s: float) -> None:
+    def __init__(self, app: Any, bounds: Bounds) -> None:
         super().__init__(
-            uvicorn.Config(
+            EdgeConfig(
                 app,
-                http=CorkedProtocol,
+                bounds,
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                log_level=logging.WARNING,
+                log_level=logging.ERROR,  # what clients do wrong is no news
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
                 backlog=BACKLOG,
-                timeout_graceful_shutdown=math.ceil(shutdown_s),
+                timeout_graceful_shutdown=math.ceil(bounds.shutdown_s),
             )
         )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def make_room(bounds: Bounds) -> None:
+    """Let this process open as many files as its connections need, each of them one more to an engine."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * bounds.connections + OTHER_FILES
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
+    if hard < wanted:
+        log.warning(
+            "%d open files are allowed, which is about %d streams; limits.connections is %d",
+            hard,
+            max(hard - OTHER_FILES, 0) // 2,
+            bounds.connections,
+        )
 
 
 def bound(address: Address) -> socket.socket:

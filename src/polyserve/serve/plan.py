@@ -79,6 +79,11 @@ class Bounds:
     body_bytes: int = 16 * 1024 * 1024
     open_requests: int = 20_000
     attempts: int = 3  # dispatches of one request, before its first byte
+    connections: int = 20_000
+    head_bytes: int = 64 * 1024
+    head_s: float = 10.0  # for a request's head to arrive
+    upload_s: float = 60.0  # for its body
+    stall_s: float = 30.0  # for a client to read what waits for it
     silence_s: float = 300.0  # of a stream, before it counts as broken
     connect_s: float = 5.0
     shutdown_s: float = 60.0  # for streams to end by themselves

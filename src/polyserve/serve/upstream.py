@@ -208,7 +208,7 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": error.event, "more_body": False})
 
     async def _converse(self, node: Node, dispatch: Dispatch) -> None:
-        self._answer = answer = await self._open(node, dispatch)
+        self._answer = self.ticket.reading = answer = await self._open(node, dispatch)
         try:
             if answer.status != 200:
                 await self._reject(answer)
@@ -221,6 +221,7 @@ class Exchange:
         except OSError as error:
             raise StreamFailedError(f"its stream broke: {_why(error)}") from error
         finally:
+            self.ticket.reading = None
             answer.close()  # which cancels the request on the engine, unless the answer was read to its end
 
     # -- to the engine

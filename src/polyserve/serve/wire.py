@@ -55,6 +55,11 @@ class Answer:
     def __repr__(self) -> str:
         return f"<answer {self.status}, {'whole' if self.ended else 'under way'}>"
 
+    @property
+    def unread(self) -> int:
+        """Bytes of the body that have arrived and were not read yet."""
+        return self._size
+
     def header(self, name: bytes) -> bytes:
         """The first value of a header, empty when it is not there."""
         return next((value for known, value in self.headers if known == name), b"")
