@@ -31,7 +31,8 @@ FLOORS = (
 )
 # Inside core each file uses only those before it.
 CORE = (
-    ("types", "settings", "kernels"),
+    ("types",),
+    ("settings", "kernels"),
     ("arena", "correction", "quota"),
     ("profile",),
     ("chunking",),
