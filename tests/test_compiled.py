@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import polyserve
@@ -31,3 +33,44 @@ def test_a_change_in_one_file_forgets_what_was_compiled_from_all(tmp_path: Path)
     (tmp_path / "core" / "kernels.py").write_text("22")
     assert forget_stale(tmp_path)
     assert not kept.exists()
+
+
+def test_all_that_a_gateway_decides_by_is_compiled_before_the_first_request() -> None:
+    """Otherwise the first request that waits would hold the gateway up for as long as compiling takes."""
+    script = """
+from polyserve.core import kernels
+from polyserve.core.controller import Controller
+from polyserve.core.profile import Limits, Profile
+from polyserve.core.types import *
+from polyserve.serve.gateway import _warm_up
+from polyserve.serve.plan import Address, Plan
+
+def compiled():
+    return {name: len(each.signatures) for name, each in vars(kernels).items() if hasattr(each, "signatures")}
+
+limits = Limits(kv_tokens=400, max_num_seqs=2, max_num_batched_tokens=64)
+profile = Profile("p", (0.0, 64.0), (0.02, 0.04), 0.001, 1e-6, 1e-9, limits)
+configured = Configured(0.0, {}, (Tier("a", 0.05, 1.0), Tier("b", 0.2, 2.0)), {"p": profile.to_dict()})
+_warm_up(Plan("m", Address("", 0), None, configured, "b", {}, ()))
+before = compiled()
+brain = Controller()
+brain.step(0.0, configured)
+for name in ("x", "y"):
+    brain.step(0.0, Joined(0.0, Instance(name, "p")))
+    brain.step(0.0, Ready(0.0, name))
+for n in range(60):
+    at = n / 8
+    slo = (None, Slo(1.0, 0.05), Slo(2.0, 0.2))[n % 3]
+    for action in brain.step(at, Arrived(at, Request(str(n), at, 40, slo))):
+        if isinstance(action, Dispatch):
+            brain.step(at, FirstToken(at, action.request, action.instance))
+            brain.step(at, Progressed(at, action.instance, {action.request: 1}, {}, Iteration(at, 0.03, 10, 1, 50)))
+            if n % 4 == 0:
+                brain.step(at, Finished(at, action.request, action.instance, 20))
+    brain.step(at, Tick(at))
+brain.step(at, Lost(at, "x"))
+assert "pick" in {name for name, count in compiled().items() if count}, "nobody waited"
+print({name: count for name, count in compiled().items() if count != before.get(name)})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "{}", done.stderr or done.stdout

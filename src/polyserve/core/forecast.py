@@ -42,7 +42,7 @@ from polyserve.core.lengths import EDGES, GRID, LengthModel
 from polyserve.core.pending import Queue
 from polyserve.core.profile import Limits, Profile
 from polyserve.core.settings import Settings
-from polyserve.core.types import Instance, Request, RequestId, Role, TierName
+from polyserve.core.types import Instance, Iteration, Request, RequestId, Role, TierName
 
 Cause = str  # name of a test
 
@@ -111,6 +111,11 @@ def compile_kernels() -> None:
     forecaster, job = Forecaster(Settings(), lengths), Job(Request("", 0.0, 8, None), None, None, 8)
     forecaster.of(job, books, 9.0, pace_s=1.0)
     forecaster.walk(job, fleet, 9.0, Hosts(fleet, [(None, 0.0)]), pace_s=1.0)
+    queue = Queue()
+    queue.push(job)
+    forecaster.pick(books, queue, 9.0, pace_s=1.0, first=0, refusals=0)
+    books.progressed({"0": 1}, {}, Iteration(9.0, 1.0, 0, 1, 9), 9.0)
+    books.gauge()
 
 
 class Hosts:
@@ -172,7 +177,8 @@ class Forecaster:
         if without:
             books.roll(now)
             inst, rows, gauged = self._rest(books, without)
-        kv = books.kv_tokens * (1.0 - settings.best_effort_headroom) if best_effort else books.kv_tokens
+        # A float either way: for a whole number the kernels would be compiled once more.
+        kv = float(books.kv_tokens) * (1.0 - settings.best_effort_headroom if best_effort else 1.0)
         kernels.ask(
             books.packed, inst, rows, gauged, lengths.table, EDGES, GRID, lengths.version, _candidate(job, books.role),
             pace_s * (1.0 - reserve), kv, settings.predict_chunks, self._tests, waive or best_effort, whole, now,
