@@ -201,6 +201,22 @@ async def test_an_engine_that_closes_kept_connections_is_asked_again_on_a_new_on
         assert server.connections == 2
 
 
+async def test_a_kept_connection_that_nobody_needs_is_let_go_also_by_a_closed_wire(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("polyserve.serve.wire.KEEP_ALIVE_S", 0.02)
+    for closes in (False, True):
+        server = Server(([WHOLE], False))
+        async with server.running() as wire:
+            answer = await wire.post("/", [], b"")
+            if closes:
+                wire.close()
+            assert await answer.whole(100) == b"hello"
+            async with asyncio.timeout(5):
+                await server.lost.wait()
+            assert repr(wire).endswith("0 idle>")
+
+
 async def test_connection_close_is_taken_at_its_word() -> None:
     server = Server(([HEAD + b"connection: close\r\ncontent-length: 0\r\n\r\n"], False), ([WHOLE], False))
     async with server.running() as wire:

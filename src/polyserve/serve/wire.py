@@ -143,7 +143,7 @@ class Answer:
 class _Connection(asyncio.Protocol):
     """One connection, with at most one answer under way."""
 
-    def __init__(self, idle: list[_Connection]) -> None:
+    def __init__(self, idle: Idle) -> None:
         self.transport: asyncio.Transport | None = None
         self.idle_since = 0.0
         self._idle = idle
@@ -197,8 +197,7 @@ class _Connection(asyncio.Protocol):
             self.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
-        if self in self._idle:
-            self._idle.remove(self)
+        self._idle.drop(self)
         answer, self._answer = self._answer, None
         if answer is None:
             return
@@ -236,10 +235,57 @@ class _Connection(asyncio.Protocol):
         self._answer = None
         if self._parser.should_keep_alive() and self.open:
             self.resume()
-            self.idle_since = asyncio.get_running_loop().time()
-            self._idle.append(self)
+            self._idle.keep(self)
         elif self.transport is not None:
             self.transport.close()
+
+
+class Idle:
+    """Kept connections, those used last at the end; each is let go when it was of no use for `KEEP_ALIVE_S`."""
+
+    def __init__(self) -> None:
+        self._kept: list[_Connection] = []
+        self._look: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, connection: _Connection) -> None:
+        loop = asyncio.get_running_loop()
+        connection.idle_since = loop.time()
+        self._kept.append(connection)
+        if self._look is None:
+            self._look = loop.call_later(KEEP_ALIVE_S, self._let_go)
+
+    def take(self) -> _Connection | None:
+        """The connection used last, if it is fresh."""
+        oldest = asyncio.get_running_loop().time() - KEEP_ALIVE_S
+        while self._kept:
+            connection = self._kept.pop()
+            if connection.open and connection.idle_since >= oldest:
+                return connection
+            connection.abort()
+        return None
+
+    def drop(self, connection: _Connection) -> None:
+        if connection in self._kept:
+            self._kept.remove(connection)
+
+    def close(self) -> None:
+        """Let go of all of them."""
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+        kept, self._kept = self._kept, []
+        for connection in kept:
+            connection.abort()
+
+    def _let_go(self) -> None:
+        loop, self._look = asyncio.get_running_loop(), None
+        while self._kept and self._kept[0].idle_since + KEEP_ALIVE_S <= loop.time():
+            self._kept.pop(0).abort()
+        if self._kept:
+            self._look = loop.call_at(self._kept[0].idle_since + KEEP_ALIVE_S, self._let_go)
 
 
 class Wire:
@@ -253,7 +299,7 @@ class Wire:
         self._base = parts.path.rstrip("/").encode()
         self._host_header = parts.netloc.rpartition("@")[2].encode()
         self._connect_s = connect_s
-        self._idle: list[_Connection] = []
+        self._idle = Idle()
 
     def __repr__(self) -> str:
         return f"<wire to {self._host}:{self._port}, {len(self._idle)} idle>"
@@ -267,7 +313,7 @@ class Wire:
         lines = [b"POST %s%s HTTP/1.1\r\nhost: %s\r\n" % (self._base, path.encode(), self._host_header)]
         lines += [b"%s: %s\r\n" % header for header in headers]
         head = b"".join([*lines, b"content-length: %d\r\n\r\n" % len(body)])
-        connection = self._fresh()
+        connection = self._idle.take()
         if connection is not None:
             try:
                 return await self._ask(connection, head, body, listener)
@@ -277,9 +323,7 @@ class Wire:
 
     def close(self) -> None:
         """Let go of the connections that nobody uses."""
-        for connection in list(self._idle):
-            connection.abort()
-        self._idle.clear()
+        self._idle.close()
 
     async def _ask(self, connection: _Connection, head: bytes, body: bytes, listener: Listener | None) -> Answer:
         answer = connection.send(head, body, listener)
@@ -289,16 +333,6 @@ class Wire:
             connection.abort()
             raise
         return answer
-
-    def _fresh(self) -> _Connection | None:
-        """The connection used last, if it is fresh; older ones are let go."""
-        oldest = asyncio.get_running_loop().time() - KEEP_ALIVE_S
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.open and connection.idle_since >= oldest:
-                return connection
-            connection.abort()
-        return None
 
     async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
