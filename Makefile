@@ -6,6 +6,7 @@
 #   make bench   the simulator beside DynoSim, and the time that a decision takes
 #   make bench-gateway   the gateway beside a bare relay, HAProxy, nginx, LiteLLM and vLLM's router
 #   make study   how much load each policy holds, in every setting: hours; goes on where it was interrupted
+#   make chaos   breaks an emulated fleet under load for MINUTES=30 and accounts for every request; SEED=n repeats one
 
 VENV ?= .venv
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,$(shell \
@@ -14,11 +15,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.polyserve-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check unit live test demo up down study study-full lock bench bench-gateway clean
+.PHONY: help setup check unit live test demo up down study study-full lock bench bench-gateway chaos clean
 .DELETE_ON_ERROR:
 
 help:
-	@head -n 8 Makefile | tail -n 6 | cut -c 5-
+	@sed -n '/^#   make/s/^#   //p' Makefile
 
 setup: $(READY)
 
@@ -83,6 +84,13 @@ bench: $(READY)
 # environments of their own, build/peers. What cannot be had is left out. About seven minutes; ARGS="--only bare,gateway".
 bench-gateway: $(READY)
 	@$(BIN)/python benchmarks/gateway.py $(ARGS)
+
+# Exit 1 when a request was lost, doubled or cut short in silence, or when the gateway holds anything afterwards.
+MINUTES ?= 30
+SEED ?=
+
+chaos: $(READY)
+	@PYTHONPATH=benchmarks $(BIN)/python -m chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 # After a change of the dependencies in pyproject.toml: new pins from a clean environment.
 lock:
