@@ -14,6 +14,8 @@ import pytest
 from fake_engine import FakeEngine
 from live import TIERS, Live, listening, make_plan, until
 
+from polyserve.core.types import Arrived, Request
+
 MESSAGES: Any = [{"role": "user", "content": "How many tokens are in here?"}]
 CHAT = {"model": "tiny", "messages": MESSAGES}
 
@@ -570,3 +572,12 @@ async def test_instances_that_cannot_be_are_refused(body: Any, code: str) -> Non
     async with over(FakeEngine()) as live, live.http.post(f"{live.url}/admin/instances", json=body) as answer:
         assert answer.status in (400, 409)
         assert (await answer.json())["error"]["code"] == code
+
+
+async def test_a_request_that_nobody_waits_for_any_more_keeps_no_place_in_the_books() -> None:
+    """It ended while the brain took it off its instance, to which its end is then stale news."""
+    async with over(FakeEngine()) as live:
+        driver, decided = live.gateway.driver, live.gateway.decisions
+        driver.post(Arrived(driver.now(), Request("ended", driver.now(), 10, None)))
+        await until(lambda: any(one["request"] == "ended" for one in decided.last(9)))
+        await live.quiet()

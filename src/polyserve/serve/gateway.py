@@ -17,6 +17,7 @@ from polyserve.core.types import (
     Arrived,
     Assign,
     Cancel,
+    Cancelled,
     Dispatch,
     Drain,
     DrainAsked,
@@ -138,12 +139,8 @@ class Gateway:
 
     def _act(self, action: Action) -> None:
         match action:
-            case Dispatch() | Refuse():
-                if (ticket := self.inflight.get(action.request)) is not None:
-                    ticket.answer(action)
-            case Evict():
-                if (ticket := self.inflight.get(action.request)) is not None:
-                    ticket.interrupt("evicted")
+            case Dispatch() | Refuse() | Evict():
+                self._tell_ticket(action)
             case Cancel():
                 pass  # the stream was closed before the brain was told that the client has gone
             case Start():
@@ -156,6 +153,17 @@ class Gateway:
                 raise AssertionError("the configuration has no PD")
             case _:
                 assert_never(action)
+
+    def _tell_ticket(self, action: Dispatch | Refuse | Evict) -> None:
+        ticket = self.inflight.get(action.request)
+        if ticket is None or ticket.outcome is not None:
+            # It ended in the very moment in which the brain took it off its instance: to the brain its end was stale
+            # news, and it would keep a place for it for ever.
+            self.driver.post(Cancelled(self.driver.now(), action.request))
+        elif isinstance(action, Evict):
+            ticket.interrupt("evicted")
+        else:
+            ticket.answer(action)
 
     def _tell_node(self, action: Drain | Assign | SetPace) -> None:
         node = self.fleet.get(action.instance)
