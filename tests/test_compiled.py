@@ -43,7 +43,7 @@ from polyserve.core.controller import Controller
 from polyserve.core.profile import Limits, Profile
 from polyserve.core.types import *
 from polyserve.serve.gateway import _warm_up
-from polyserve.serve.plan import Address, Plan
+from polyserve.serve.plan import ModelPlan
 
 def compiled():
     return {name: len(each.signatures) for name, each in vars(kernels).items() if hasattr(each, "signatures")}
@@ -51,7 +51,7 @@ def compiled():
 limits = Limits(kv_tokens=400, max_num_seqs=2, max_num_batched_tokens=64)
 profile = Profile("p", (0.0, 64.0), (0.02, 0.04), 0.001, 1e-6, 1e-9, limits)
 configured = Configured(0.0, {}, (Tier("a", 0.05, 1.0), Tier("b", 0.2, 2.0)), {"p": profile.to_dict()})
-_warm_up(Plan("m", Address("", 0), None, configured, "b", {}, ()))
+_warm_up(ModelPlan("m", configured, "b", {}, ()))
 before = compiled()
 brain = Controller()
 brain.step(0.0, configured)
