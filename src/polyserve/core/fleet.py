@@ -446,7 +446,7 @@ class Books:
         if queued and decodes and self.law.kind == kernels.DYNAMIC:
             return min(self.pace_s, 2.0 * iteration.seconds)
         if decodes and not queued:
-            return kernels.iteration_s(self.packed, 0.0, float(decodes), kv, 0.0) * self.correction.ratio
+            return kernels.iteration_s(self.packed, 0.0, decodes, kv, 0.0) * self.correction.ratio
         return iteration.seconds
 
     def _observe(self, iteration: Iteration, tally: tuple[int, float, int, float]) -> None:
@@ -458,7 +458,7 @@ class Books:
             prefill, kv = 0, int(held)
         # Prefill attention depends on where in its prompt a chunk lies, which no report tells: decodes alone teach.
         if prefill == 0 and decodes and kv is not None:
-            self.observe(iteration.seconds, kernels.iteration_s(self.packed, 0.0, float(decodes), float(kv), 0.0))
+            self.observe(iteration.seconds, kernels.iteration_s(self.packed, 0.0, decodes, kv, 0.0))
 
     def observe(self, observed_s: float, believed_s: float) -> None:
         """Learn from one iteration how far the profile is off."""

@@ -114,7 +114,8 @@ def compile_kernels() -> None:
     queue = Queue()
     queue.push(job)
     forecaster.pick(books, queue, 9.0, pace_s=1.0, first=0, refusals=0)
-    books.progressed({"0": 1}, {}, Iteration(9.0, 1.0, 0, 1, 9), 9.0)
+    for prefill in (0, 5):
+        books.progressed({"0": 1, "1": 1}, {}, Iteration(9.0, 1.0, prefill, 2, 16), 9.0)
     books.gauge()
 
 
