@@ -5,7 +5,9 @@ What the user got wrong is one line on stderr and exit code 2; a traceback is al
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -403,19 +405,29 @@ def engine(
 # ------------------------------------------------------------------------------------------------------------ gateway
 
 
+_ConfigFile = Annotated[Path, typer.Argument(help="A YAML file; examples/demo/fleet.yaml is one.")]
+_Supervise = Annotated[
+    bool, typer.Option("--supervise", help="Under a small parent that holds the sockets: see `polyserve restart`.")
+]
+
+
 @app.command()
-def serve(config: Annotated[Path, typer.Argument(help="A YAML file; examples/demo/fleet.yaml is one.")]) -> None:
+def serve(config: _ConfigFile, supervise: _Supervise = False) -> None:
     """Serve one model or several over the instances that the config lists."""
-    _run_gateway(config, launch=False)
+    _run_gateway(config, launch=False, supervise=supervise)
 
 
 @app.command()
-def up(config: Annotated[Path, typer.Argument(help="A YAML file; examples/demo/fleet.yaml is one.")]) -> None:
+def up(config: _ConfigFile, supervise: _Supervise = False) -> None:
     """Serve one model or several, and start and stop the instances of the config's launchers."""
-    _run_gateway(config, launch=True)
+    _run_gateway(config, launch=True, supervise=supervise)
 
 
-def _run_gateway(config: Path, launch: bool) -> None:
+def _run_gateway(config: Path, launch: bool, supervise: bool) -> None:
+    if supervise:
+        from polyserve.serve import supervisor
+
+        raise typer.Exit(supervisor.run([sys.executable, "-m", "polyserve", "up" if launch else "serve", str(config)]))
     from polyserve.config import GatewayError, run_gateway
 
     try:
@@ -423,6 +435,17 @@ def _run_gateway(config: Path, launch: bool) -> None:
     except GatewayError as error:
         print(f"polyserve: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+@app.command()
+def restart(
+    pid: Annotated[int, typer.Option(min=2, help="Of `polyserve serve --supervise`.")],
+) -> None:
+    """Replace the process that a supervised gateway serves with by a new one; no request is lost."""
+    try:
+        os.kill(pid, signal.SIGUSR2)
+    except (ProcessLookupError, PermissionError) as error:
+        raise UsageError(f"--pid: process {pid}: {error.strerror}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------ journals

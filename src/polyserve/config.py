@@ -123,6 +123,7 @@ class LimitsConfig(_Section):
     silence_s: Seconds = 300.0
     connect_s: Seconds = 5.0
     shutdown_s: Seconds = 60.0
+    retire_s: Seconds = 3600.0
     probe_s: Seconds = 1.0
 
 
@@ -477,6 +478,7 @@ def _bounds(limits: LimitsConfig) -> Bounds:
         silence_s=limits.silence_s,
         connect_s=limits.connect_s,
         shutdown_s=limits.shutdown_s,
+        retire_s=limits.retire_s,
         probe_s=limits.probe_s,
     )
 

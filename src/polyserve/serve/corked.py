@@ -6,6 +6,15 @@ import asyncio
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+
+class State(ServerState):
+    """What the connections of a server share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.retiring = False  # another process takes new connections: each answer is its connection's last
 
 
 class CorkedProtocol(HttpToolsProtocol):
@@ -13,6 +22,17 @@ class CorkedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast(asyncio.Transport, _Corked(transport, self)))
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if cast(State, self.server_state).retiring:
+            self.cycle.keep_alive = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is under way."""
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is None or cycle.response_complete
 
 
 class _Corked:

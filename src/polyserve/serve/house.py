@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,6 +19,7 @@ from polyserve.serve import admin
 from polyserve.serve.access import Operators
 from polyserve.serve.app import Front
 from polyserve.serve.gateway import Gateway
+from polyserve.serve.handed import Line, Sockets
 from polyserve.serve.listener import GatewayError, Server, bound, make_room
 from polyserve.serve.metrics import exposition
 from polyserve.serve.plan import Plan
@@ -26,6 +28,8 @@ log = logging.getLogger(__name__)
 
 # Engines close idle connections after 5 s (uvicorn's default); ours are given up before that.
 KEEP_ALIVE_S = 4.0
+# A process that takes over from another has met its engines by then, or they do not answer.
+FIRST_ENGINES_S = 10.0
 
 
 class House:
@@ -53,6 +57,13 @@ class House:
         for gateway in self.gateways.values():
             gateway.refuse_new()
 
+    async def first_engines(self, within_s: float) -> None:
+        """Come back when every model has an instance, or after a while: some may have none, whoever serves it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while not all(gateway.fleet.ready for gateway in self.gateways.values()):  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+
     def metrics_text(self) -> bytes:
         """What all models count, in Prometheus' text format."""
         return exposition({model: gateway.metrics for model, gateway in self.gateways.items()})
@@ -65,8 +76,11 @@ class House:
 
 
 @contextlib.asynccontextmanager
-async def running(plan: Plan) -> AsyncIterator[House]:
-    """Gateways at work, without listeners; raises `GatewayError`."""
+async def running(plan: Plan, beside_another: bool = False) -> AsyncIterator[House]:
+    """Gateways at work, without listeners; raises `GatewayError`.
+
+    `beside_another`: a process with the same config may still write its journal, which is then moved aside.
+    """
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=plan.bounds.connect_s)
     async with contextlib.AsyncExitStack() as stack:
@@ -77,7 +91,7 @@ async def running(plan: Plan) -> AsyncIterator[House]:
         )
         gateways = []
         for model in plan.models:
-            journal = stack.enter_context(_journal(model.journal))
+            journal = stack.enter_context(_journal(model.journal, aside=beside_another))
             gateways.append(Gateway(model, plan.bounds, session, journal))
         house = House(plan, gateways)
         _say_what_is_open(plan)
@@ -95,11 +109,13 @@ def _say_what_is_open(plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def _journal(path: Path | None) -> Iterator[IO[bytes] | None]:
+def _journal(path: Path | None, aside: bool) -> Iterator[IO[bytes] | None]:
     if path is None:
         yield None
         return
     try:
+        if aside and path.is_file():
+            path.replace(path.with_name(f"{path.name}.before"))
         file = path.open("wb")
     except OSError as error:
         raise GatewayError(f"journal {path}: cannot be written: {error.strerror}") from None
@@ -110,31 +126,55 @@ def _journal(path: Path | None) -> Iterator[IO[bytes] | None]:
 async def serve(plan: Plan, on_ready: Callable[[House, int], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT, then let streams end; raises `GatewayError`.
 
-    `on_ready` is told of the house and of the port it listens on.
+    Sockets that were handed down are used (`handed.py`), and a supervisor is answered to. `on_ready` is told of the
+    house and of the port it listens on.
     """
     make_room(plan.bounds)
     apart = plan.admin if plan.admin != plan.listen else None
+    sockets, line = Sockets.from_environment(), Line.from_environment()
     async with contextlib.AsyncExitStack() as stack:
-        listener = stack.enter_context(bound(plan.listen))
-        admin_listener = stack.enter_context(bound(apart)) if apart is not None else None
-        house = await stack.enter_async_context(running(plan))
-        front = Server(house.front, plan.bounds)
-        serving = [asyncio.create_task(front.serve([listener]))]
-        servers = [front]
-        if admin_listener is not None:
-            servers.append(Server(house.admin, plan.bounds))
-            serving.append(asyncio.create_task(servers[1].serve([admin_listener])))
-        with _signals(house, servers):
+        addresses = [plan.listen] if apart is None else [plan.listen, apart]
+        listeners = [stack.enter_context(sockets.take(one) or bound(one)) for one in addresses]
+        if left := sockets.drop_rest():
+            log.warning("handed down, but the config listens elsewhere: %s", ", ".join(left))
+        house = await stack.enter_async_context(running(plan, beside_another=line is not None))
+        if line is not None:
+            stack.callback(line.close)
+            await house.first_engines(FIRST_ENGINES_S)
+        servers = [Server(app, plan.bounds) for app in (house.front, house.admin)[: len(listeners)]]
+        serving = [asyncio.create_task(s.serve([one])) for s, one in zip(servers, listeners, strict=True)]
+        with _signals(house, servers) as stop:
+            if line is not None:
+                await _answer_to(line, servers, listeners, plan.bounds.retire_s, stop)
             if on_ready is not None:
-                on_ready(house, listener.getsockname()[1])
+                on_ready(house, listeners[0].getsockname()[1])
             await asyncio.gather(*serving)
         if house.failure is not None:
             raise GatewayError(f"the controller failed: {house.failure!r}")
 
 
+async def _answer_to(
+    line: Line, servers: list[Server], listeners: list[socket.socket], most_s: float, stop: Callable[[], None]
+) -> None:
+    """Tell the supervisor when this process serves, and retire when it says so."""
+    retiring: list[asyncio.Task[None]] = []
+
+    def retire() -> None:
+        log.info("another process takes over; this one ends after its last stream")
+        retiring.extend(asyncio.create_task(server.retire(most_s)) for server in servers)
+
+    while not all(server.started for server in servers):  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(0.01)
+    line.listen(retire, stop)
+    line.ready(listeners)
+
+
 @contextlib.contextmanager
-def _signals(house: House, servers: list[Server]) -> Iterator[None]:
-    """Begin the end at a signal or when the brain fails; a second signal does not wait for streams."""
+def _signals(house: House, servers: list[Server]) -> Iterator[Callable[[], None]]:
+    """Begin the end at a signal or when the brain fails; a second signal does not wait for streams.
+
+    Gives what begins the end.
+    """
 
     def stop() -> None:
         house.refuse_new()
@@ -149,7 +189,7 @@ def _signals(house: House, servers: list[Server]) -> Iterator[None]:
     for gateway in house.gateways.values():
         gateway.driver.failed.add_done_callback(lambda _: stop())
     try:
-        yield
+        yield stop
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)

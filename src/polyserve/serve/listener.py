@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
@@ -12,6 +13,7 @@ from typing import Any
 
 import uvicorn
 
+from polyserve.serve.corked import CorkedProtocol, State
 from polyserve.serve.edge import EdgeConfig
 from polyserve.serve.plan import Address, Bounds
 
@@ -24,6 +26,11 @@ OTHER_FILES = 512
 
 class GatewayError(Exception):
     """The gateway cannot start; the message says why in one line."""
+
+
+# No client takes up a connection that it has not used for this long (openai's SDK: 5 s).
+IDLE_S = 6.0
+LOOK_S = 0.1
 
 
 class Server(uvicorn.Server):
@@ -45,6 +52,26 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=math.ceil(bounds.shutdown_s),
             )
         )
+        self.server_state = self._state = State()
+
+    async def retire(self, most_s: float) -> None:
+        """Take no more connections, answer what is under way or comes on those there are, and end after the last.
+
+        Each connection is told with its next answer that it is the last; one that stays idle is closed when no client
+        would use it any more. What lasts longer than `most_s` is left to the shutdown.
+        """
+        loop = asyncio.get_running_loop()
+        retired_at = loop.time()
+        self._state.retiring = True
+        for server in self.servers:
+            server.close()
+        while self._state.connections and not self.should_exit and loop.time() - retired_at < most_s:
+            await asyncio.sleep(LOOK_S)
+            if loop.time() - retired_at > IDLE_S:
+                for connection in list(self._state.connections):
+                    if isinstance(connection, CorkedProtocol) and connection.idle:
+                        connection.shutdown()
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -87,6 +87,7 @@ class Bounds:
     silence_s: float = 300.0  # of a stream, before it counts as broken
     connect_s: float = 5.0
     shutdown_s: float = 60.0  # for streams to end by themselves
+    retire_s: float = 3600.0  # the same, where another process has taken over
     probe_s: float = 1.0  # between two looks at an engine
 
 
