@@ -32,6 +32,7 @@ from polyserve.core.kernels import (
     F_TOKEN1,
     FIXED,
     G_ROWS,
+    I_BEGAN,
     I_BLOCK,
     I_COLUMNS,
     I_COUNT,
@@ -372,6 +373,7 @@ def test_who_waits_behind_an_urgent_candidate_is_followed_beyond_its_deadline() 
 @settings(max_examples=80)
 @given(cases(), st.integers(0, 80).map(lambda ms: ms / 1e3), st.booleans())
 def test_books_roll_on_as_by_the_plain_rule(case: Case, elapsed: float, running: bool) -> None:
+    case.inst[I_BEGAN] = NOW - 0.01
     side = case.plainly()
     ends_at = NOW + 0.004 if running else -1.0
     wanted = plain.roll(case.profile, side.station, side.residents, ends_at, NOW + elapsed)
@@ -392,7 +394,7 @@ def test_what_comes_next_is_seen_of_many_as_of_each(instances: list[Case], elaps
     wanted = []
     for at, case in enumerate(instances):
         case.inst[I_COUNT], case.inst[I_PROFILE] = case.count, arena.profile(case.profile.packed)
-        case.inst[I_ENDS], case.inst[I_ROLLED] = NOW + 0.004, NOW
+        case.inst[I_BEGAN], case.inst[I_ENDS], case.inst[I_ROLLED] = NOW - 0.01, NOW + 0.004, NOW
         arena.insts[at], arena.rows[at, : case.count] = case.inst, case.rows
         side = case.plainly()
         if elapsed >= 0.004 and case.count:

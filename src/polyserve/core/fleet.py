@@ -20,6 +20,7 @@ from polyserve.core.chunking import ChunkLaw, chunk_law
 from polyserve.core.correction import Correction
 from polyserve.core.kernels import (
     AWAY,
+    I_BEGAN,
     I_BLOCK,
     I_COUNT,
     I_ENDS,
@@ -420,6 +421,7 @@ class Books:
             tally = self.tally()
             self._observe(iteration, tally)
             self._mixed = tally[2] > 0
+            self._inst[I_BEGAN] = iteration.ended_at
             ends_at = self._inst[I_ENDS] = iteration.ended_at + self._step_s(iteration, tally)
             # Whoever has joined by now is in the iteration that a report of now begins, or else in the next.
             begins_at = iteration.ended_at if iteration.ended_at >= now else ends_at

@@ -223,12 +223,13 @@ PROMISED = -1.0  # in LEFT: a place is kept for it, and its KV is still to come
 # runs), ROLLED the time they stand at, GAUGED the version of the length table that the gauge was made with (below 0: it
 # is to be made again), PEAK of it in seconds, and its point; COUNT residents; TIER by index, or POOL or AWAY; RANK
 # among all names; PROFILE its row in the arena; WAITS whether the running iteration is charged; FCFS its order;
-# CLEAR when the prompts queued there are computed (below 0: not known), and LAST the last key among them.
+# CLEAR when the prompts queued there are computed (below 0: not known), and LAST the last key among them; BEGAN when
+# the running iteration did.
 (
     I_KIND, I_TOKENS, I_SPEND, I_FLOOR, I_PACE, I_KV, I_SEQS, I_BLOCK, I_SCALE, I_FREE, I_SIGMA, I_MARGIN,
     I_ENDS, I_ROLLED, I_GAUGED, I_PEAK, I_POINT, I_COUNT, I_TIER, I_RANK, I_PROFILE, I_WAITS, I_FCFS,
-    I_CLEAR, I_LAST, I_COLUMNS,
-) = range(26)  # fmt: skip
+    I_CLEAR, I_LAST, I_BEGAN, I_COLUMNS,
+) = range(27)  # fmt: skip
 POOL, AWAY = -1.0, -2.0  # ready without a tier; starting or draining
 # The rows of a gauge, each over the grid of future iterations. MOST is the KV if nobody ends before its cap.
 G_BATCH, G_KV, G_VARIANCE, G_MOST, G_DECODES, G_DECODE_KV, G_ROWS = range(7)
@@ -367,6 +368,13 @@ LONGEST_RUN = 512  # iterations a queue is followed: beyond, everybody in it cou
 
 
 @njit(cache=True)
+def next_after(row: Vector, at: float) -> float:  # pragma: no cover - compiled
+    """When the token after the first one, made `at`, is due; inf for one that is late anyway."""
+    due = row[R_DUE] + row[R_TPOT]
+    return float(due) if due >= at else np.inf
+
+
+@njit(cache=True)
 def run_queue(
     profile: Vector,
     inst: Vector,
@@ -391,6 +399,7 @@ def run_queue(
     waiting, decodes = 0, 0
     next_due, tightest = np.inf, np.inf
     joined, joined_kv = 0.0, 0.0
+    banked, credit = np.inf, np.inf  # what all that decode by then have left, and what they gain by an iteration
     for i in range(count):
         finish[i] = np.inf
         if rows[i, R_LEFT] > rows[i, R_RUN]:
@@ -401,12 +410,16 @@ def run_queue(
             if grow and rows[i, R_CAP] > 1.0:
                 joined += 1.0
                 joined_kv += rows[i, R_PROMPT]
+                after = next_after(rows[i], inst[I_FREE])
+                if after < np.inf:
+                    banked, credit = min(banked, after), min(credit, rows[i, R_TPOT])
         else:
             decodes += 1
             due = rows[i, R_DUE] + rows[i, R_MADE] * rows[i, R_TPOT]
             if due >= now and due < np.inf:
                 next_due = min(next_due, due)
                 tightest = min(tightest, rows[i, R_TPOT])
+    banked, credit = min(banked, next_due) - inst[I_FREE], min(credit, tightest)
     if np.isinf(next_due):
         tightest = 0.0
     finish[count] = np.inf
@@ -454,18 +467,16 @@ def run_queue(
                 total = fit_chunks(profile, np.inf, budget, batch, kv, rest, behind, span, out)
             else:
                 alone = iteration_s(profile, 0.0, batch, kv, 0.0)
-                banked = next_due + made * tightest - t
-                if banked < alone:
-                    banked = np.inf
+                spent = banked if banked >= alone else np.inf
                 enough = min(floor, rest[0])
-                bound = banked if inst[I_SPEND] == ALWAYS else min(pace, banked)
+                bound = spent if inst[I_SPEND] == ALWAYS else min(pace, spent)
                 total = fit_chunks(profile, bound, budget, batch, kv, rest, behind, span, out)
                 entry = order[head]
                 due = candidate[R_DUE] if entry == count else rows[entry, R_DUE]
                 if inst[I_SPEND] == IF_NEEDED and banked - pace > bound and is_pressed(bound, out[0], rest[0], due - t):
                     total = fit_chunks(profile, banked - pace, budget, batch, kv, rest, behind, span, out)
-                if total < enough and banked > bound:
-                    total = fit_chunks(profile, banked, budget, batch, kv, rest, behind, span, out)
+                if total < enough and spent > bound:
+                    total = fit_chunks(profile, spent, budget, batch, kv, rest, behind, span, out)
                 if total < enough:
                     for i in range(span):
                         out[i] = 0.0
@@ -477,7 +488,9 @@ def run_queue(
                         out[0] = total
             for i in range(head, head + span):
                 work += chunks[i] * (past[i] + 0.5 * chunks[i])
-        t += iteration_s(profile, total, batch, kv, work) * scale
+        step = iteration_s(profile, total, batch, kv, work) * scale
+        t += step
+        banked += credit - step
         slack = min(slack, next_due + made * tightest - t)
         made += 1
         if first < np.inf and second == np.inf:
@@ -495,6 +508,10 @@ def run_queue(
                 if grow and (candidate[R_CAP] if entry == count else rows[entry, R_CAP]) > 1.0:
                     joined += 1.0
                     joined_kv += past[i]
+                    row = candidate if entry == count else rows[entry]
+                    after = next_after(row, t)
+                    if after < np.inf:
+                        banked, credit = min(banked, after - t), min(credit, row[R_TPOT])
         while head < waiting and remaining[head] <= 0.0:
             head += 1
     return first, second, slack
@@ -665,12 +682,17 @@ def roll(
     A prompt whose first token nobody has seen keeps one token to compute. The plain twin is `plain.roll`.
     """
     order = np.empty(count, np.int64)
-    remaining, past, chunks = np.empty(count), np.empty(count), np.empty(count)
+    remaining, past, chunks, slacks = np.empty(count), np.empty(count), np.empty(count), np.empty(count)
     turns = 0
     while True:
-        decodes, kv = 0, 0.0
+        if turns > 0:
+            inst[I_BEGAN] = ends_at
+        elif ends_at < 0.0:
+            inst[I_BEGAN] = now
+        decodes, kv, began = 0, 0.0, inst[I_BEGAN]
         for i in range(count):
             if rows[i, R_LEFT] == 0.0:
+                slacks[decodes] = rows[i, R_DUE] + rows[i, R_MADE] * rows[i, R_TPOT] - began
                 decodes += 1
                 kv += rows[i, R_PROMPT] + rows[i, R_MADE]
         budget = int(inst[I_TOKENS]) - decodes
@@ -682,9 +704,10 @@ def roll(
             for i in range(waiting):
                 remaining[i] = rows[order[i], R_LEFT]
                 past[i] = rows[order[i], R_PROMPT] - remaining[i]
-            free = inst[I_KIND] == FIXED or decodes == 0
-            bound = np.inf if free else inst[I_PACE]
-            total = fit_chunks(profile, bound, budget, decodes, kv, remaining, past, waiting, chunks)
+            total, _ = plan_prefill(
+                profile, int(inst[I_KIND]), int(inst[I_TOKENS]), int(inst[I_SPEND]), int(inst[I_FLOOR]), inst[I_PACE],
+                decodes, kv, slacks, rows[order[0], R_DUE] - began, remaining, past, waiting, chunks,
+            )  # fmt: skip
             for i in range(waiting):
                 work += chunks[i] * (past[i] + 0.5 * chunks[i])
                 rows[order[i], R_RUN] = chunks[i]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from polyserve.core import kernels as k
-from polyserve.core.chunking import Prefill, fit_chunks, is_pressed
+from polyserve.core.chunking import ChunkLaw, Prefill, fit_chunks, is_pressed, plan_prefill
 from polyserve.core.profile import Profile, attention_work
 
 Line = list[float]  # one value per point of the grid
@@ -68,13 +68,14 @@ class Station:
     free: float  # when the running iteration ends
     sigma: float
     margin: float  # share of a predicted wait that is added to it
+    began: float  # when the running iteration did
 
     @staticmethod
     def of(inst: Sequence[float]) -> Station:
         return Station(
             int(inst[k.I_KIND]), inst[k.I_TOKENS], int(inst[k.I_SPEND]), inst[k.I_FLOOR], inst[k.I_PACE],
             inst[k.I_KV], inst[k.I_SEQS], inst[k.I_BLOCK], inst[k.I_SCALE], inst[k.I_FREE], inst[k.I_SIGMA],
-            inst[k.I_MARGIN],
+            inst[k.I_MARGIN], inst[k.I_BEGAN],
         )  # fmt: skip
 
 
@@ -181,6 +182,9 @@ def run_queue(
     t, made = station.free, 0
     stays = [r for r in done if grow and r.cap > 1.0]  # the others leave with their first token
     joined, joined_kv = float(len(stays)), sum(r.prompt for r in stays)
+    purse = _Purse(bank.next_due - t, bank.tightest if bank.next_due < math.inf else math.inf)
+    for resident in stays:
+        purse.joins(resident, t)
     while made < k.LONGEST_RUN and (queue or (candidate and outlook.second_at == math.inf)):
         if candidate and min(outlook.first_at, t) > until:
             break
@@ -189,9 +193,11 @@ def run_queue(
         kv = at_iteration(gauged.decode_kv, grid, ahead) + joined_kv
         waiting = [prefills[r] for r in queue]
         head_due = queue[0].due if queue else math.inf
-        chunks = _chunks(profile, station, batch, kv, bank.slack(made, t), head_due - t, waiting)
+        chunks = _chunks(profile, station, batch, kv, purse.left, head_due - t, waiting)
         work = sum(attention_work(c, w.past) for c, w in zip(chunks, waiting, strict=True))
-        t += profile.iteration_s(sum(chunks), batch, kv, work) * station.scale
+        step = profile.iteration_s(sum(chunks), batch, kv, work) * station.scale
+        t += step
+        purse.left += purse.credit - step
         outlook.slack = min(outlook.slack, bank.slack(made, t))
         made += 1
         if outlook.first_at < math.inf and outlook.second_at == math.inf:
@@ -207,6 +213,7 @@ def run_queue(
                 outlook.first_at = t
             if grow and resident.cap > 1.0:
                 joined, joined_kv = joined + 1.0, joined_kv + after.past
+                purse.joins(resident, t)
     return outlook
 
 
@@ -230,6 +237,20 @@ class _Bank:
         return self.next_due + made * self.tightest - t
 
 
+@dataclass(slots=True)
+class _Purse:
+    """The smallest slack of all that decode by then, and what they gain by an iteration."""
+
+    left: float
+    credit: float
+
+    def joins(self, resident: Resident, at: float) -> None:
+        """A first token was made; one that is late by then spends nobody's slack."""
+        due = resident.due + resident.tpot
+        if at <= due < math.inf:
+            self.left, self.credit = min(self.left, due - at), min(self.credit, resident.tpot)
+
+
 def _chunks(
     profile: Profile,
     station: Station,
@@ -249,11 +270,11 @@ def _chunks(
     if station.kind == k.FIXED or batch < 0.5:
         return fit_chunks(profile, math.inf, budget, batch, kv, queue)
     alone = profile.iteration_s(0, batch, kv)
-    banked = banked if banked >= alone else math.inf
+    # Whoever cannot be on time is no bound; what the others have is not known then, and not counted on.
+    spent, banked = banked - station.pace, banked if banked >= alone else math.inf
     paced = banked if station.spend == k.ALWAYS else min(station.pace, banked)
     for bound in (paced, banked):
         chunks = fit_chunks(profile, bound, budget, batch, kv, queue)
-        spent = banked - station.pace
         if station.spend == k.IF_NEEDED and spent > bound and is_pressed(bound, chunks[0], queue[0], head_slack):
             chunks = fit_chunks(profile, spent, budget, batch, kv, queue)
         if sum(chunks) >= min(station.floor, queue[0].remaining):
@@ -374,20 +395,24 @@ def joins_at(station: Station, candidate: Resident, count: int, peak: float, now
 
 
 def roll(profile: Profile, station: Station, residents: Sequence[Resident], ends_at: float, now: float) -> float:
-    """Move residents on to `now`, chunks by the pace alone; returns when the iteration that runs then ends.
+    """Move residents on to `now`, each iteration as the engine's rule makes it; returns when the one that runs ends.
 
     `ends_at` is when the running one does, below 0 when none runs. A prompt whose first token nobody has seen keeps
     one token to compute.
     """
+    law = ChunkLaw(station.kind, int(station.tokens), station.spend, int(station.floor))
+    began = now if ends_at < 0.0 else station.began
     for turn in range(65):
+        began = ends_at if turn > 0 else began
         # An iteration leaves out who joined while it ran: such a row is `since` its end.
         taken = [r for r in residents if ends_at < 0.0 or r.since < ends_at or (turn > 0 and r.since == ends_at)]
         queue = sorted((r for r in taken if not r.decodes), key=lambda r: r.key)
         decoding = [r for r in residents if r.left == 0.0]
         kv = sum(r.prompt + r.made for r in decoding)
         waiting = [Prefill(int(r.left), int(r.prompt - r.left)) for r in queue]
-        bound = math.inf if station.kind == k.FIXED or not decoding else station.pace
-        chunks = fit_chunks(profile, bound, int(station.tokens) - len(decoding), len(decoding), kv, waiting)
+        slacks = [r.due + r.made * r.tpot - began for r in decoding]
+        head_slack = queue[0].due - began if queue else math.inf
+        chunks, _ = plan_prefill(profile, law, station.pace, kv, slacks, head_slack, waiting)
         for resident in residents:
             resident.running = 0.0
         for resident, chunk in zip(queue, chunks, strict=True):

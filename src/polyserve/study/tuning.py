@@ -77,7 +77,7 @@ def _splits(case: Case, entry: Entry, quick: bool) -> list[object]:
 KNOBS: dict[str, Knob] = {
     "prefill_instances": _splits,
     "chunk": _chunks,
-    "chunk_bound": lambda case, entry, quick: ["slack", "pace", "need"],
+    "chunk_bound": lambda case, entry, quick: ["slack", "need"],
     "chunk_floor_tokens": lambda case, entry, quick: [64, 256] if quick else [64, 128, 256, 512],
     "balance": lambda case, entry, quick: ["least-requests", "round-robin"],
     "static_sizes": _sizes,
