@@ -152,7 +152,7 @@ class FakeEngine:
     def events(self, path: str, ask: dict[str, Any]) -> list[bytes]:
         """Payloads of a whole stream."""
         chat = path == "/v1/chat/completions"
-        n = ask.get("n", 1)
+        n = ask.get("n") or 1
         head = {"id": self.name, "object": "chat.completion.chunk" if chat else "text_completion",
                 "created": self.created, "model": ask["model"]}  # fmt: skip
         begun = _begun(chat, ask)

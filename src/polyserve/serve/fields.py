@@ -21,7 +21,11 @@ _object = msgspec.json.Decoder(dict[str, Any] | None)
 def fields_of(raw: bytes) -> dict[str, Raw]:
     """The fields of a body; raises `ApiError` when it is no JSON object."""
     try:
+        if not raw.isascii():
+            raw.decode()  # values are passed on unparsed, and would fail the engine
         return _fields.decode(raw)
+    except UnicodeDecodeError as error:
+        raise ApiError(400, "invalid_json", f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     except msgspec.ValidationError:
         raise ApiError(400, "invalid_json", "the body is not a JSON object") from None
     except (msgspec.DecodeError, RecursionError) as error:
