@@ -25,6 +25,7 @@ class FakeEngine:
     hang_up_after: int | None = None  # events sent before the connection is dropped; -1: before the head
     hang_ups: int = 0  # requests whose connection is dropped before anything else happens
     status: int = 200
+    refusal: str = "engine says no"  # with a status that is not 200
     answer: bytes | None = None  # in place of everything else, with `answer_type`
     answer_type: str = "text/event-stream"
     error_event: bool = False  # after the first token
@@ -113,7 +114,7 @@ class FakeEngine:
             self.hang_ups -= 1
             return False
         if self.status != 200:
-            error = {"error": {"message": "engine says no", "type": "BadRequestError", "code": self.status}}
+            error = {"error": {"message": self.refusal, "type": "BadRequestError", "code": self.status}}
             _whole(writer, self.status, "application/json", json.dumps(error).encode())
             return True
         if self.answer is not None:

@@ -252,6 +252,25 @@ async def test_metrics_are_not_for_clients_where_there_are_tenants() -> None:
 # ------------------------------------------------------------------------------------------------------------- secrets
 
 
+TALKATIVE = [
+    FakeEngine(status=500, refusal="Traceback: /opt/engine/secret.py on 10.9.8.7"),
+    FakeEngine(answer=b'data: {"error": {"message": "10.9.8.7 died"}}\n\n'),
+    FakeEngine(answer=b"10.9.8.7", answer_type="text/10.9.8.7"),
+    FakeEngine(hang_up_after=-1),
+]
+
+
+@pytest.mark.parametrize("engine", TALKATIVE, ids=["500", "error event", "another type", "hang up"])
+async def test_what_an_engine_says_when_it_fails_is_for_the_log(engine: FakeEngine, caplog: Any) -> None:
+    caplog.set_level(logging.INFO)
+    async with over(engine, limits={"probe_s": 0.05, "shutdown_s": 1, "attempts": 1}) as live:
+        status, answer, headers = await post(live, CHAT | {"stream": True})
+        assert (status, answer["error"]["code"]) == (502, "upstream_error")
+        for secret in ("10.9.8.7", "secret.py", str(engine.port), "127.0.0.1"):
+            assert secret not in f"{answer} {dict(headers)}"
+        assert "10.9.8.7" in caplog.text or engine.hang_up_after == -1
+
+
 async def test_the_engine_gets_its_own_key_and_never_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENGINE_KEY", "engine-secret-1")
     engine = FakeEngine(wants_key="engine-secret-1")

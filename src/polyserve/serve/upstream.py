@@ -50,10 +50,13 @@ class StreamFailedError(Exception):
     """The engine did not bring the answer to its end.
 
     `refused`: nobody listens at its address; `final`: no other could either, since the client has its beginning.
+    `detail` is the engine's own words and addresses: for the log, never for clients.
     """
 
-    def __init__(self, message: str, refused: bool = False, final: bool = False) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, detail: str = "", refused: bool = False, final: bool = False) -> None:
+        super().__init__(f"{message}: {detail}" if detail else message)
+        self.told = message
+        self.detail = detail
         self.refused = refused
         self.final = final
 
@@ -105,7 +108,7 @@ class Exchange:
                 failures, had = 1 if has > had else failures + 1, has  # who gets on may fail as often as it takes
                 log.info("request %s on %s: %s", self.ticket.request.id, decision.instance, error)
                 if error.final or failures >= bounds.attempts:
-                    await self.give_up(ApiError(502, "upstream_error", f"the engine failed: {error}"))
+                    await self.give_up(ApiError(502, "upstream_error", f"the engine failed: {error.told}"))
                     return
 
     async def _decision(self, most_s: float) -> Dispatch | ApiError:
@@ -152,7 +155,7 @@ class Exchange:
         else:
             self.ticket.broke(self._begun.tokens if self._begun else 0)
         if obstacle:
-            raise StreamFailedError(f"{problem}; {obstacle}", final=True) from problem
+            raise StreamFailedError(f"{problem.told}; {obstacle}", problem.detail, final=True) from problem
         if taken:
             return False
         raise problem
@@ -215,11 +218,11 @@ class Exchange:
             elif not self.ask.streamable:
                 await self._relay_whole(answer)
             elif not (kind := answer.header(b"content-type")).startswith(b"text/event-stream"):
-                raise StreamFailedError(f"it sent {kind.decode('latin-1')!r} in place of an event stream")
+                raise StreamFailedError("it sent something else than an event stream", repr(kind))
             else:
                 await self._relay(answer, dispatch)
         except OSError as error:
-            raise StreamFailedError(f"its stream broke: {_why(error)}") from error
+            raise StreamFailedError("its stream broke", _why(error)) from error
         finally:
             self.ticket.reading = None
             answer.close()  # which cancels the request on the engine, unless the answer was read to its end
@@ -231,9 +234,9 @@ class Exchange:
         try:
             return await node.wire.post(PATHS[self.ask.endpoint], self._upstream_headers(node), body)
         except ConnectError as error:
-            raise StreamFailedError(f"it cannot be reached: {_why(error)}", refused=True) from error
+            raise StreamFailedError("it cannot be reached", _why(error), refused=True) from error
         except OSError as error:
-            raise StreamFailedError(f"it did not answer: {_why(error)}") from error
+            raise StreamFailedError("it did not answer", _why(error)) from error
 
     async def _body(self, node: Node, dispatch: Dispatch) -> bytes:
         assert node.engine is not None, "a dispatch goes to an engine that was met"
@@ -272,7 +275,7 @@ class Exchange:
             try:
                 piece = scanner.feed(data)
             except NotAStreamError as error:
-                raise StreamFailedError(str(error)) from None
+                raise StreamFailedError("it sent what cannot be read", str(error)) from None
             if scanner.events != seen:
                 ticket.advance(scanner.events - seen)
             if seam is not None and not scanner.done:
@@ -290,7 +293,7 @@ class Exchange:
                 kept.add(piece)
                 await ticket.pass_on(self._send, {"type": "http.response.body", "body": piece, "more_body": True})
             if scanner.error is not None:
-                raise StreamFailedError(f"it says {scanner.error[:300].decode(errors='replace')}")
+                raise StreamFailedError("it broke off", scanner.error[:300].decode(errors="replace"))
         await self._last(answer, dispatch, scanner, seam, [*held, piece])
 
     async def _last(
@@ -316,7 +319,7 @@ class Exchange:
         try:
             return scanner.response(self._service_tier(dispatch))
         except NotAStreamError as error:
-            raise StreamFailedError(str(error)) from None
+            raise StreamFailedError("it sent what cannot be read", str(error)) from None
 
     def _service_tier(self, dispatch: Dispatch | None) -> str | None:
         """What the answer says of its service tier: something only to those who asked."""
@@ -336,7 +339,7 @@ class Exchange:
         try:
             return assembled(b"".join(pieces), chat=self.ask.endpoint == "chat")
         except NotAStreamError as error:
-            raise StreamFailedError(str(error)) from None
+            raise StreamFailedError("it sent what cannot be read", str(error)) from None
 
     async def _relay_whole(self, answer: Answer) -> None:
         """An answer that no engine streams: its tokens are seen only when all are there."""
@@ -356,7 +359,7 @@ class Exchange:
         status = answer.status
         body = await answer.whole(LONGEST_ERROR)
         if status < 400 or status >= 500 or status in WORTH_ANOTHER:
-            raise StreamFailedError(f"it answered {status}: {body[:300].decode(errors='replace')}")
+            raise StreamFailedError(f"it answered {status}", body[:300].decode(errors="replace"))
         self.status = status
         self.ticket.outcome = "rejected"
         self.ticket.close()
