@@ -39,7 +39,7 @@ CORE = (
     ("plain", "bound", "lengths"),
     ("fleet",),
     ("pending",),
-    ("forecast", "admission", "scaling"),
+    ("forecast", "admission", "scaling", "retiering"),
     ("routing", "autoscaling", "latency"),
     ("baselines",),
     ("disaggregation",),

@@ -3,8 +3,8 @@
 A line is `{"now": us, "event": {"type": "Arrived", ...}, "actions": [{"type": "Dispatch", ...}, ...]}`. The
 codec is derived from the annotations of `core/types.py`: the class name is the tag, a float field is a time
 or a duration and is written as whole microseconds (`"inf"`: no bound), everything else as it is.
-`Configured` keeps its settings, profiles, tiers and tenants as written, since their floats are no times. A path that
-ends in `.gz` is compressed.
+`Configured` and `Reconfigured` keep their settings, profiles, tiers and tenants as written, since their floats are no
+times. A path that ends in `.gz` is compressed.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ import msgspec
 
 from polyserve.core import types as nouns
 from polyserve.core.controller import Controller
-from polyserve.core.types import Action, Configured, Event
+from polyserve.core.types import Action, Configured, Event, Reconfigured
 
 Plain = dict[str, Any]
 _Code = Callable[[Any], Any]
 
 _TAGGED: dict[str, type[Any]] = {cls.__name__: cls for cls in (*get_args(Event), *get_args(Action))}
-_AS_WRITTEN = {(Configured, "settings"), (Configured, "profiles"), (Configured, "tiers"), (Configured, "tenants")}
+_AS_WRITTEN = {
+    (Configured, "settings"), (Configured, "profiles"), (Configured, "tiers"), (Reconfigured, "profiles"),
+    (Reconfigured, "tiers"), (Configured, "tenants"),
+}  # fmt: skip
 
 
 class JournalError(ValueError):

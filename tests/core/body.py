@@ -39,6 +39,7 @@ from polyserve.core.types import (
     Progressed,
     Ready,
     Received,
+    Reconfigured,
     Refuse,
     Request,
     RequestId,
@@ -227,6 +228,11 @@ class Body:
         stream.fate, instance, stream.instance, stream.source = Fate.WAITS, stream.instance, None, None
         return self.send(Broken(self.now, id, instance, stream.told))
 
+    def retier(self, *tiers: Tier) -> list[Action]:
+        """Other tiers from now on."""
+        self.tiers = tiers
+        return self.send(Reconfigured(self.now, tiers))
+
     def leave(self, id: RequestId) -> list[Action]:
         self.streams[id].fate = Fate.CANCELLED
         return self.send(Cancelled(self.now, id))
@@ -355,6 +361,8 @@ class Body:
         tpots = {tier.name: tier.tpot_s for tier in self.tiers}
         bound = [tpots[job.tier] for job in books.jobs.values() if job.tier is not None]
         bound += [tpots[books.tier]] if books.tier is not None else []
+        # Never looser than asked: tighter than its tier is only who came for one that has gone.
+        bound += [job.slo.tpot_s for job in books.jobs.values() if job.slo is not None]
         wanted = min(bound, default=max(tpots.values()))
         assert books.pace_s == wanted
         if books.law.kind == 0:

@@ -33,6 +33,17 @@ class Admission:
         self._solo: list[tuple[Vector, int]] = []  # of each kind: its packed profile and largest chunk
         self._context = max(_context(profile) for profile in profiles.values())
 
+    def retier(self, tiers: list[Tier]) -> None:
+        """Bin into other tiers from now on."""
+        self._tiers = tiers
+        self._index = {tier.name: i for i, tier in enumerate(tiers)}
+
+    def rebin(self, job: Job) -> None:
+        """The tier of a job among those of now, by the SLO it has; one tighter than all: the tightest."""
+        if job.slo is not None:
+            job.tier = (self.bin(job.slo) or self._tiers[0]).name
+        job.length_row = self._lengths.row(None if job.tier is None else self._index[job.tier], job.prompt_tokens)
+
     def joined(self, books: Books) -> None:
         """Learn what kind of instance there is."""
         if not self._kinds:

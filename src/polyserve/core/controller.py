@@ -25,6 +25,7 @@ from polyserve.core.lengths import LengthModel
 from polyserve.core.pending import Pending
 from polyserve.core.profile import Profile
 from polyserve.core.quota import Quotas
+from polyserve.core.retiering import heirs, rebin
 from polyserve.core.routing import Placement, Refusal, Router
 from polyserve.core.scaling import Demand
 from polyserve.core.settings import Settings
@@ -53,6 +54,7 @@ from polyserve.core.types import (
     Progressed,
     Ready,
     Received,
+    Reconfigured,
     Refuse,
     RefuseCode,
     Reported,
@@ -142,6 +144,8 @@ class Controller:
                 self._drain_asked(event.instance)
             case Configured():
                 self._configure(event)
+            case Reconfigured():
+                self._reconfigure(event)
             case _:
                 assert_never(event)
         self._refuse_the_hopeless()
@@ -178,10 +182,26 @@ class Controller:
         self._demand = Demand(self._tiers, self._settings.length_prior_tokens, self._lengths if split else None)
         self._forecaster = Forecaster(self._settings, self._lengths)
         self._quotas = Quotas(event.tenants, self._now)
-        random = Random(event.seed)
+        self._random = Random(event.seed)
+        self._appoint()
+        self._quantile = NormalDist().inv_cdf(min(max(self._settings.confidence, 0.001), 0.999))
+        # Not at once: a body tells of the instances that exist right after this.
+        self._look_at = to_microsecond(self._now + self._settings.look_s)
+        self._lengths_at = self._now
+        self._starting: dict[InstanceId, float] = {}  # asked to start, and when
+        self._started = 0
+        self._failures = 0
+        self._start_after = -math.inf
+        self._drained: dict[TierName, float] = {tier.name: 0.0 for tier in self._tiers}
+        # Whose pace is tighter than every tier, the tier it came for having gone.
+        self._tighter: dict[RequestId, float] = {}
+        self.explanations: deque[Explanation] = deque(maxlen=EXPLAINED)
+
+    def _appoint(self) -> None:
+        """Make who routes and who scales, for the tiers of now."""
 
         def given(fleet: Fleet) -> Given:
-            return Given(self._settings, self._tiers, fleet, self._forecaster, self._demand, random)
+            return Given(self._settings, self._tiers, fleet, self._forecaster, self._demand, self._random)
 
         self._scaler: Autoscaler
         if isinstance(self._fleet, SplitFleet):
@@ -193,16 +213,40 @@ class Controller:
             self._scaler = autoscaler(self._settings, self._tiers, self._fleet, self._demand, self._pending)
         on_late = {self._settings.on_late, *(tier.on_late for tier in self._tiers)}
         self._admission.counts_only = not self.wants_progress and on_late <= {None, "never"}
-        self._quantile = NormalDist().inv_cdf(min(max(self._settings.confidence, 0.001), 0.999))
-        # Not at once: a body tells of the instances that exist right after this.
-        self._look_at = to_microsecond(self._now + self._settings.look_s)
-        self._lengths_at = self._now
-        self._starting: dict[InstanceId, float] = {}  # asked to start, and when
-        self._started = 0
-        self._failures = 0
-        self._start_after = -math.inf
-        self._drained: dict[TierName, float] = {tier.name: 0.0 for tier in self._tiers}
-        self.explanations: deque[Explanation] = deque(maxlen=EXPLAINED)
+
+    def _reconfigure(self, event: Reconfigured) -> None:
+        """Change the tiers: nobody is refused for it, and nobody moves to another instance."""
+        self._profiles |= {name: Profile.from_dict(plain) for name, plain in event.profiles.items()}
+        before, self._tiers = self._tiers, sorted(event.tiers, key=lambda t: t.tpot_s)
+        into, names = heirs(before, self._tiers), [tier.name for tier in self._tiers]
+        self._tier = {tier.name: tier for tier in self._tiers}
+        self._lengths.regroup(into, len(self._tiers))
+        self._demand.retier(self._tiers, into)
+        self._admission.retier(self._tiers)
+        jobs = {job.id: job for job in self._pending} | {id: job for b in self._fleet for id, job in b.jobs.items()}
+        for job in jobs.values():
+            self._admission.rebin(job)
+        for books in self._fleet:
+            rebin(books)
+        self._learn_lengths()
+        self._appoint()
+        for job in self._pending:  # policies that count do not know when a job is beyond hope
+            if job.slo is not None and job.made == 0:
+                self._admission.set_latest(job)
+        self._pending.retier(names)
+        self._drained = {name: self._drained.get(name, 0.0) for name in names}
+        self._tighter = {
+            id: job.slo.tpot_s for id, job in jobs.items() if job.slo and job.slo.tpot_s < self._tiers[0].tpot_s
+        }
+        self._relabel_to_heirs({tier.name: names[at] for tier, at in zip(before, into, strict=True)})
+        self._look_at = self._now
+
+    def _relabel_to_heirs(self, heir: dict[TierName, TierName]) -> None:
+        """Instances of tiers that have gone serve the tier that takes over, or are in the pool when they are empty."""
+        for books in self._fleet:
+            if books.tier is not None and books.tier not in self._tier:
+                self._assign(books, heir[books.tier] if any(job.slo for job in books.jobs.values()) else None)
+            self._repace(books)
 
     @property
     def fleet(self) -> Fleet:
@@ -314,6 +358,8 @@ class Controller:
     def _repace(self, books: Books) -> None:
         """Tell an instance the pace that its router wants of it now."""
         pace = self._router.pace_s(books)
+        if self._tighter and pace < math.inf:
+            pace = min((self._tighter.get(request, pace) for request in books.jobs), default=pace)
         if pace != books.pace_s:
             books.pace_s = pace
             if books.law.kind == 0 and pace < math.inf:
@@ -723,8 +769,8 @@ class Controller:
         for name in self._drained:
             self._drained[name] *= math.exp(-settings.look_s / DRAIN_MEMORY_S)
         if self.wants_progress and self._lengths.unlearned and now - self._lengths_at >= LENGTHS_EVERY_S:
-            self._lengths_at = now
-            self._lengths.refresh(np.concatenate([np.zeros((0, 2)), *(books.made() for books in self._fleet)]))
+            self._learn_lengths()
+        self._tighter = {id: pace for id, pace in self._tighter.items() if self._holds(id)}
         self._time_out_queues()
         self._age_best_effort()
         self._time_out_starts()
@@ -732,6 +778,14 @@ class Controller:
             if not books.jobs:  # nothing will happen on it that could bring anybody in
                 self._refill(books)
         self._scale()
+
+    def _learn_lengths(self) -> None:
+        self._lengths_at = self._now
+        self._lengths.refresh(np.concatenate([np.zeros((0, 2)), *(books.made() for books in self._fleet)]))
+
+    def _holds(self, request: RequestId) -> bool:
+        """Whether a request is still to be answered."""
+        return request in self._pending or any(request in books.jobs for books in self._fleet)
 
     def _scale(self) -> None:
         waiting = [name for name, queue in self._pending.queues.items() if len(queue)]

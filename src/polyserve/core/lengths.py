@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -76,6 +77,17 @@ class LengthModel:
         self._tokens[at] += output_tokens
         self._sum[row] += output_tokens
         self._unlearned += 1
+
+    def regroup(self, into: Sequence[int], tiers: int) -> None:
+        """Other tiers: what was seen of tier i goes to tier `into[i]` of `tiers`; `refresh` is to follow."""
+        rows = np.arange(BANDS) + BANDS * np.array([*into, tiers])[:, None]  # best effort is the last group
+        for name in ("_ended", "_sum"):
+            was = getattr(self, name)
+            now = np.zeros(((tiers + 1) * BANDS, *was.shape[1:]))
+            np.add.at(now, rows.ravel(), was)
+            setattr(self, name, now)
+        self._groups = tiers + 1
+        self.table = np.zeros((len(self._ended), len(EDGES), len(GRID)))
 
     @property
     def unlearned(self) -> int:

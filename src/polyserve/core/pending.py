@@ -95,6 +95,17 @@ class Pending:
         self._beyond: list[tuple[float, RequestId]] = []
         self._jobs: dict[RequestId, Job] = {}
 
+    def retier(self, tiers: list[TierName]) -> None:
+        """Other queues: every job is in that of the tier it has by now, and has waited as long as before."""
+        jobs = list(self._jobs.values())
+        self.queues = {name: Queue() for name in tiers}
+        self.best_effort, self._beyond, self._jobs = {}, [], {}
+        for job in jobs:
+            self.push(job, job.pending_since)
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(self._jobs.values())
+
     def __contains__(self, request: RequestId) -> bool:
         return request in self._jobs
 

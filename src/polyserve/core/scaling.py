@@ -15,7 +15,7 @@ from typing import Literal
 
 from polyserve.core.bound import answer_rate, instance_rate, prompt_rate
 from polyserve.core.fleet import Books, Fleet, State
-from polyserve.core.lengths import LengthModel
+from polyserve.core.lengths import BANDS, LengthModel
 from polyserve.core.profile import Profile
 from polyserve.core.settings import Settings
 from polyserve.core.types import Role, Tier, TierName
@@ -45,6 +45,14 @@ class _Seen:
     bands: dict[int, float] = field(default_factory=dict)  # in PD: arrivals by row of the length table
     admitted: float = 0.0
 
+    def take_over(self, other: _Seen, at: int) -> None:
+        """Add what was seen of another tier, `at` being the place of this one."""
+        for name in ("arrivals", "prompt", "prompt_square", "ended", "output", "context", "admitted"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for row, count in other.bands.items():
+            own = at * BANDS + row % BANDS
+            self.bands[own] = self.bands.get(own, 0.0) + count
+
     def fade(self, factor: float) -> None:
         self.arrivals *= factor
         self.prompt *= factor
@@ -70,6 +78,15 @@ class Demand:
         self._since: float | None = None
         self._faded_at = 0.0
         self._recent = 0.0  # arrivals of all tiers, faded by the short memory
+
+    def retier(self, tiers: Sequence[Tier], into: Sequence[int]) -> None:
+        """Other tiers: what was seen of tier i counts for tier `into[i]` of those to come."""
+        before = [self._seen[tier.name] for tier in self._tiers]
+        self._tiers = list(tiers)
+        self._rank = {tier.name: i for i, tier in enumerate(tiers)}
+        self._seen = {tier.name: _Seen() for tier in tiers}
+        for seen, at in zip(before, into, strict=True):
+            self._seen[tiers[at].name].take_over(seen, at)
 
     def arrived(self, now: float, tier: TierName, prompt_tokens: int) -> None:
         if self._since is None:

@@ -147,6 +147,18 @@ class Configured:
 
 
 @dataclass(frozen=True, slots=True)
+class Reconfigured:
+    """Other tiers from now on; requests that are here keep the SLO they came with, and are binned anew by it.
+
+    `profiles` are those of instances to come that were not named before.
+    """
+
+    at: float
+    tiers: tuple[Tier, ...]
+    profiles: dict[str, dict[str, object]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Arrived:
     at: float
     request: Request
@@ -291,6 +303,7 @@ class Tick:
 
 Event = (
     Configured
+    | Reconfigured
     | Arrived
     | Corrected
     | Cancelled
