@@ -28,6 +28,7 @@ from polyserve.core.types import (
     Joined,
     Progressed,
     Ready,
+    Reconfigured,
     Request,
     SetPace,
     Slo,
@@ -59,7 +60,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     return st.from_type(hint)
 
 
-ALL = [cls for cls in (*get_args(Event), *get_args(Action)) if cls is not Configured]
+ALL = [cls for cls in (*get_args(Event), *get_args(Action)) if cls not in (Configured, Reconfigured)]
 
 
 @given(st.sampled_from(ALL).flatmap(values))
@@ -72,6 +73,13 @@ def test_a_configuration_keeps_its_floats_as_written() -> None:
     read = from_plain(msgspec.json.decode(msgspec.json.encode(to_plain(CONFIGURED))))
     assert read == CONFIGURED
     assert Profile.from_dict(read.profiles["small"]) == PROFILE
+
+
+def test_other_tiers_keep_their_floats_as_written() -> None:
+    other = Reconfigured(1.5, (Tier("30", 1 / 30, 0.5, weight=0.1),), {"small": PROFILE.to_dict()})
+    plain = to_plain(other)
+    assert plain["at"] == 1_500_000
+    assert from_plain(msgspec.json.decode(msgspec.json.encode(plain))) == other
 
 
 def test_times_are_whole_microseconds_and_no_bound_is_a_word() -> None:

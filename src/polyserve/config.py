@@ -27,7 +27,8 @@ from polyserve.serve.adapters import chunk_rule
 from polyserve.serve.house import House, serve
 from polyserve.serve.listener import GatewayError
 from polyserve.serve.pace import BEST_EFFORT, SERVICE_TIERS
-from polyserve.serve.plan import Address, Bounds, EngineKind, EngineSpec, LocalPlan, ModelPlan, Order, Plan
+from polyserve.serve.plan import Address, Bounds, EngineKind, EngineSpec, LocalPlan, ModelPlan, Order, Plan, PlanError
+from polyserve.serve.reload import Source
 from polyserve.serve.tokens import TokenizerError, tokenizer
 
 Milliseconds = Annotated[float, Field(gt=0, le=86_400_000, allow_inf_nan=False)]
@@ -44,7 +45,7 @@ COLLECT_AFTER = (50_000, 20, 50)
 _STARTED = re.compile(r"i\d+")
 
 
-class ConfigError(ValueError):
+class ConfigError(PlanError):
     """A config that cannot be used; one line for each thing that is wrong."""
 
 
@@ -188,6 +189,7 @@ class Config(ModelKeys):
     admin: AdminConfig | None = None
     tenants: list[TenantConfig] = []
     limits: LimitsConfig = LimitsConfig()
+    watch: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -249,6 +251,7 @@ def plan(config: Config, source: str, launch: bool = False) -> Plan:
         tenants=tenants,
         admin_keys=config.admin.keys if config.admin is not None else (),
         bounds=_bounds(config.limits),
+        watch=config.watch,
     )
 
 
@@ -293,7 +296,8 @@ def run_gateway(config_path: str | Path, launch: bool) -> None:
         gc.set_threshold(*COLLECT_AFTER)
         print(f"polyserve: {', '.join(house.gateways)} on http://{made.listen.host}:{port}/v1", flush=True)
 
-    uvloop.run(serve(made, say))
+    source = Source(Path(config_path), lambda: load(config_path, launch))
+    uvloop.run(serve(made, say, source))
 
 
 def _read(path: Path) -> Config:

@@ -16,6 +16,7 @@ from polyserve.serve.gateway import Gateway
 from polyserve.serve.house import House, running
 from polyserve.serve.listener import Server, bound
 from polyserve.serve.plan import Plan
+from polyserve.serve.reload import Source
 
 PROFILE = "a100-llama-3-8b"
 TIERS = [
@@ -76,12 +77,12 @@ async def until(condition: Any, within_s: float = 10.0) -> None:
 
 
 @contextlib.asynccontextmanager
-async def listening(plan: Plan) -> AsyncIterator[Live]:
+async def listening(plan: Plan, source: Source | None = None) -> AsyncIterator[Live]:
     """A gateway at work on a free port."""
     shared = replace(plan.listen, port=0)
     plan = replace(plan, listen=shared, admin=shared if plan.admin == plan.listen else plan.admin)
     listener = bound(plan.listen)
-    async with running(plan) as house:
+    async with running(plan, source) as house:
         server = Server(house.front, plan.bounds)
         serving = asyncio.create_task(server.serve([listener]))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

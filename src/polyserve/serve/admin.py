@@ -14,9 +14,11 @@ from starlette.routing import Route
 
 import polyserve
 from polyserve.core.types import Tier
+from polyserve.serve import console
 from polyserve.serve.access import OPEN_PATHS, Operators
 from polyserve.serve.adapters import KINDS, chunk_rule
 from polyserve.serve.app import RESTART_S, App, no_model, send_error
+from polyserve.serve.console import Reply
 from polyserve.serve.errors import ApiError
 from polyserve.serve.fleet import Node
 from polyserve.serve.gateway import Gateway
@@ -25,14 +27,7 @@ from polyserve.serve.metrics import DECISIONS_KEPT
 from polyserve.serve.plan import EngineKind, EngineSpec
 
 
-class Reply(Response):
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return msgspec.json.encode(content)
-
-
-class House(Protocol):
+class House(console.House, Protocol):
     """What is served here, as this API sees it."""
 
     gateways: dict[str, Gateway]
@@ -146,6 +141,7 @@ def _admin_routes(house: House) -> list[Route]:
         Route("/admin/instances", join, methods=["POST"]),
         Route("/admin/instances/{id}", remove, methods=["DELETE"]),
         Route("/admin/instances/{id}/drain", drain, methods=["POST"]),
+        *console.routes(house, lambda name: _gateway(house, name)),
     ]
 
 

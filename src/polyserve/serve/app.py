@@ -55,7 +55,7 @@ class Front:
     ) -> None:
         """`operators` guard what is beside; None: it has nothing that is not for everybody."""
         self._clock = clock
-        self._bounds = bounds
+        self.bounds = bounds
         self._beside = beside
         self._tenants = tenants_keyring(tenants) if tenants else None
         self._operators = operators
@@ -98,8 +98,8 @@ class Front:
         send: Send,
     ) -> None:
         arrived_at = self._clock()
-        most = self._bounds.body_bytes if tenant is None or tenant.body_bytes is None else tenant.body_bytes
-        raw = await _body(headers, receive, most, self._bounds.upload_s)
+        most = self.bounds.body_bytes if tenant is None or tenant.body_bytes is None else tenant.body_bytes
+        raw = await _body(headers, receive, most, self.bounds.upload_s)
         if raw is None:
             return
         ask = asks.parse(endpoint, raw)
@@ -135,7 +135,7 @@ class Front:
         """Run an exchange to its end, whatever ends it; raises `ApiError` as long as a status can still tell it."""
         ticket = exchange.ticket
         try:
-            await exchange.run(fleet, self._bounds)
+            await exchange.run(fleet, self.bounds)
         except ApiError:
             raise
         except asyncio.CancelledError:

@@ -199,8 +199,9 @@ class Node:
                 if failures >= PROBES_TO_LOSE or self._refused:
                     log.warning("instance %s: %s is lost; it is tried again", self.id, self.spec.url)
                     said = SILENT
+                    leaves = self.spec.launched or self.state == "draining"
                     self.lose()
-                    if self.spec.launched:
+                    if leaves:
                         self._on_end(self.id)
                         return
             self._refused = False

@@ -130,6 +130,19 @@ class Gateway:
     def drain(self, instance: InstanceId) -> None:
         self.driver.post(DrainAsked(self.driver.now(), instance))
 
+    def let_go(self, instance: InstanceId) -> None:
+        """Drain an instance that is to leave for good; one that the brain does not know of goes at once."""
+        node = self.fleet.get(instance)
+        if node is not None and node.instance is None:
+            self._spawn(self.remove(instance))
+        elif node is not None:
+            self.drain(instance)
+
+    def rebound(self, bounds: Bounds) -> None:
+        """Other bounds from now on."""
+        self.bounds = bounds
+        self.inflight.most = bounds.open_requests
+
     async def remove(self, instance: InstanceId) -> None:
         """Take an instance out at once; its requests go elsewhere."""
         self.driver.post(Lost(self.driver.now(), instance))

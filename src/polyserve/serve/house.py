@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 import aiohttp
+from prometheus_client import generate_latest
 
 from polyserve.serve import admin
 from polyserve.serve.access import Operators
@@ -22,7 +23,8 @@ from polyserve.serve.gateway import Gateway
 from polyserve.serve.handed import Line, Sockets
 from polyserve.serve.listener import GatewayError, Server, bound, make_room
 from polyserve.serve.metrics import exposition
-from polyserve.serve.plan import Plan
+from polyserve.serve.plan import Bounds, Plan, PlanError
+from polyserve.serve.reload import Reloader, Source
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +37,9 @@ FIRST_ENGINES_S = 10.0
 class House:
     """Every model's gateway, and what they share; made and used inside a running event loop, by `running`."""
 
-    def __init__(self, plan: Plan, gateways: list[Gateway]) -> None:
+    def __init__(self, plan: Plan, gateways: list[Gateway], source: Source | None = None) -> None:
         self.plan = plan
+        self.reloader = None if source is None else Reloader(self, source)
         self.gateways = {gateway.model: gateway for gateway in gateways}
         self.created = int(time.time())
         shared = plan.admin is not None and plan.admin == plan.listen
@@ -64,9 +67,16 @@ class House:
                 while not all(gateway.fleet.ready for gateway in self.gateways.values()):  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
 
+    def rebound(self, bounds: Bounds) -> None:
+        """Other bounds from now on."""
+        self.front.bounds = bounds
+        for gateway in self.gateways.values():
+            gateway.rebound(bounds)
+
     def metrics_text(self) -> bytes:
-        """What all models count, in Prometheus' text format."""
-        return exposition({model: gateway.metrics for model, gateway in self.gateways.items()})
+        """What all models count, and the house itself, in Prometheus' text format."""
+        models = exposition({model: gateway.metrics for model, gateway in self.gateways.items()})
+        return models if self.reloader is None else models + generate_latest(self.reloader.registry)
 
     @property
     def failure(self) -> BaseException | None:
@@ -76,8 +86,8 @@ class House:
 
 
 @contextlib.asynccontextmanager
-async def running(plan: Plan, beside_another: bool = False) -> AsyncIterator[House]:
-    """Gateways at work, without listeners; raises `GatewayError`.
+async def running(plan: Plan, source: Source | None = None, beside_another: bool = False) -> AsyncIterator[House]:
+    """Gateways at work, without listeners; raises `GatewayError`. With `source` the plan can be changed.
 
     `beside_another`: a process with the same config may still write its journal, which is then moved aside.
     """
@@ -93,11 +103,14 @@ async def running(plan: Plan, beside_another: bool = False) -> AsyncIterator[Hou
         for model in plan.models:
             journal = stack.enter_context(_journal(model.journal, aside=beside_another))
             gateways.append(Gateway(model, plan.bounds, session, journal))
-        house = House(plan, gateways)
+        house = House(plan, gateways, source)
         _say_what_is_open(plan)
         for gateway in gateways:
             stack.push_async_callback(gateway.close)
             gateway.open()
+        if house.reloader is not None:
+            watching = asyncio.create_task(house.reloader.watch())
+            stack.callback(watching.cancel)
         yield house
 
 
@@ -123,8 +136,8 @@ def _journal(path: Path | None, aside: bool) -> Iterator[IO[bytes] | None]:
         yield file
 
 
-async def serve(plan: Plan, on_ready: Callable[[House, int], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT, then let streams end; raises `GatewayError`.
+async def serve(plan: Plan, on_ready: Callable[[House, int], None] | None = None, source: Source | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, then let streams end; raises `GatewayError`. SIGHUP reads `source` again.
 
     Sockets that were handed down are used (`handed.py`), and a supervisor is answered to. `on_ready` is told of the
     house and of the port it listens on.
@@ -137,7 +150,7 @@ async def serve(plan: Plan, on_ready: Callable[[House, int], None] | None = None
         listeners = [stack.enter_context(sockets.take(one) or bound(one)) for one in addresses]
         if left := sockets.drop_rest():
             log.warning("handed down, but the config listens elsewhere: %s", ", ".join(left))
-        house = await stack.enter_async_context(running(plan, beside_another=line is not None))
+        house = await stack.enter_async_context(running(plan, source, beside_another=line is not None))
         if line is not None:
             stack.callback(line.close)
             await house.first_engines(FIRST_ENGINES_S)
@@ -183,9 +196,18 @@ def _signals(house: House, servers: list[Server]) -> Iterator[Callable[[], None]
             server.should_exit = True
 
     loop = asyncio.get_running_loop()
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    reloads: set[asyncio.Task[None]] = set()
+
+    def reload() -> None:
+        if house.reloader is not None:
+            task = loop.create_task(_reload(house.reloader))
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
+    ours = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: reload}
+    numbers = list(ours) if threading.current_thread() is threading.main_thread() else []
     for number in numbers:
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, ours[number])
     for gateway in house.gateways.values():
         gateway.driver.failed.add_done_callback(lambda _: stop())
     try:
@@ -193,3 +215,8 @@ def _signals(house: House, servers: list[Server]) -> Iterator[Callable[[], None]
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
+
+
+async def _reload(reloader: Reloader) -> None:
+    with contextlib.suppress(PlanError):  # the log has it
+        await reloader.reload("SIGHUP")

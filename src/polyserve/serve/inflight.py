@@ -236,7 +236,7 @@ class Inflight:
 
     def __init__(self, driver: Driver, most: int) -> None:
         self._driver = driver
-        self._most = most
+        self.most = most
         self._tickets: dict[RequestId, Ticket] = {}
 
     def __len__(self) -> int:
@@ -254,7 +254,7 @@ class Inflight:
     def open(self, request: Request, client_id: bytes) -> Ticket | None:
         """Tell the brain of a request; None when there are too many already. Answer it, then `Ticket.close`."""
         assert request.id not in self._tickets, "the brain knows requests by their id"
-        if len(self._tickets) >= self._most or not self._driver.offer(Arrived(self._driver.now(), request)):
+        if len(self._tickets) >= self.most or not self._driver.offer(Arrived(self._driver.now(), request)):
             return None
         ticket = self._tickets[request.id] = Ticket(request, client_id, self, self._driver)
         return ticket

@@ -14,6 +14,10 @@ EngineKind = Literal["auto", "vllm", "emulator", "openai"]
 Order = Literal["deadline", "fcfs"]
 
 
+class PlanError(ValueError):
+    """A plan that cannot be used; one line for each thing that is wrong."""
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     host: str
@@ -116,6 +120,7 @@ class Plan:
     tenants: tuple[TenantPlan, ...] = ()  # none: open to everybody
     admin_keys: tuple[str, ...] = field(default=(), repr=False)  # their SHA-256, in hex
     bounds: Bounds = Bounds()
+    watch: bool = False  # take in the file again whenever it has changed
 
     @property
     def sole(self) -> ModelPlan:
