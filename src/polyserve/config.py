@@ -41,6 +41,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 # Hundreds of requests in flight are no garbage: Python's 700 took an eighth of the processor time of a request.
 COLLECT_AFTER = (50_000, 20, 50)
 
+# Instances up to which the margins of everybody asked are kept by default, for `/admin/decisions`.
+MOST_EXPLAINED = 64
 # Names that the brain gives to instances it starts.
 _STARTED = re.compile(r"i\d+")
 
@@ -392,7 +394,7 @@ def _configured(
     tenants: tuple[Tenant, ...],
 ) -> Configured:
     """What the brain is told first."""
-    values = dict(config.settings)
+    values = {"explain": len(config.instances) <= MOST_EXPLAINED} | config.settings
     if launcher is not None:
         values = {
             "min_instances": len(config.instances) + launcher.min,

@@ -98,6 +98,7 @@ class Controller:
         self._now = -math.inf
         self._actions: list[Action] = []
         self._configured = False
+        self.placed: dict[RequestId, Placement] = {}  # by the latest step
 
     # ------------------------------------------------------------------------------------------------- the door
 
@@ -107,6 +108,7 @@ class Controller:
         assert self._configured or isinstance(event, Configured), "the first event is Configured"
         self._now = now
         self._actions = []
+        self.placed = {}
         match event:
             case Arrived():
                 self._arrived(event.request)
@@ -274,6 +276,14 @@ class Controller:
         return self._router.wants_progress
 
     @property
+    def settings(self) -> Settings:
+        return self._settings
+
+    def bin(self, slo: Slo) -> TierName:
+        """The tier that a request with this SLO is counted under."""
+        return (self._admission.bin(slo) or self._tiers[0]).name
+
+    @property
     def forecasts(self) -> int:
         """How many forecasts were asked for so far."""
         return self._forecaster.asked
@@ -321,6 +331,7 @@ class Controller:
 
     def _carry_out(self, placement: Placement) -> None:
         job, books = placement.job, placement.books
+        self.placed[job.id] = placement
         self._make_way(placement)
         if placement.then is not None:
             self._keep_place(placement.then)

@@ -18,12 +18,12 @@ from polyserve.serve import console
 from polyserve.serve.access import OPEN_PATHS, Operators
 from polyserve.serve.adapters import KINDS, chunk_rule
 from polyserve.serve.app import RESTART_S, App, no_model, send_error
-from polyserve.serve.console import Reply
+from polyserve.serve.console import Reply, decided
+from polyserve.serve.decisions import DECISIONS_KEPT
 from polyserve.serve.errors import ApiError
 from polyserve.serve.fleet import Node
 from polyserve.serve.gateway import Gateway
 from polyserve.serve.headers import incoming
-from polyserve.serve.metrics import DECISIONS_KEPT
 from polyserve.serve.plan import EngineKind, EngineSpec
 
 
@@ -112,7 +112,11 @@ def _admin_routes(house: House) -> list[Route]:
         limit = request.query_params.get("limit", "100")
         if not re.fullmatch(r"\d{1,6}", limit):
             raise ApiError(400, "invalid_limit", f"limit is a number up to {DECISIONS_KEPT}, not {limit!r}", "limit")
-        return Reply({"decisions": _latest(_asked(house, request), int(limit))})
+        latest = _latest(_asked(house, request), int(limit), request.query_params.get("request"))
+        return decided(request, latest)
+
+    async def audit(request: Request) -> Response:
+        return Reply({gateway.model: gateway.audit.to_dict() for gateway in _asked(house, request)})
 
     async def tiers(request: Request) -> Response:
         return Reply({"tiers": [_tier(gateway, tier) for gateway in _asked(house, request) for tier in gateway.tiers]})
@@ -137,6 +141,7 @@ def _admin_routes(house: House) -> list[Route]:
     return [
         Route("/admin/fleet", fleet),
         Route("/admin/decisions", decisions),
+        Route("/admin/audit", audit),
         Route("/admin/tiers", tiers),
         Route("/admin/instances", join, methods=["POST"]),
         Route("/admin/instances/{id}", remove, methods=["DELETE"]),
@@ -187,12 +192,12 @@ def _node(house: House, request: Request) -> tuple[Gateway, Node]:
     return found[0]
 
 
-def _latest(gateways: list[Gateway], limit: int) -> list[dict[str, Any]]:
+def _latest(gateways: list[Gateway], limit: int, request: str | None) -> list[dict[str, Any]]:
     """The last decisions of several brains, the latest first."""
     told = [
         (gateway.driver.epoch + one["at"], {"model": gateway.model, **one})
         for gateway in gateways
-        for one in gateway.decisions.last(limit)
+        for one in gateway.decisions.last(limit, request)
     ]
     return [one for _, one in sorted(told, key=lambda pair: pair[0], reverse=True)[:limit]]
 

@@ -127,7 +127,7 @@ class Front:
         finally:
             watch.cancel()
             ticket.close()
-            gateway.metrics.answered(ticket)
+            gateway.answered(ticket)
             if exchange.usage is not None:
                 gateway.counter.learn(ask, exchange.usage.prompt_tokens)
 

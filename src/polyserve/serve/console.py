@@ -1,4 +1,4 @@
-"""The part of the admin API that changes how the gateway works: its config, and its tiers."""
+"""Parts of the admin API: the config and the tiers changed, decisions in words."""
 
 from __future__ import annotations
 
@@ -105,3 +105,14 @@ def _wrong(at: int, key: str, what: str) -> ApiError:
 
 def _told(report: Report) -> Response:
     return Reply({"changed": report.changed, "restart_needed": report.restart})
+
+
+def decided(request: Request, decisions: list[dict[str, Any]]) -> Response:
+    """Decisions as JSON or, with `?format=text`, as sentences."""
+    if request.query_params.get("format") != "text":
+        return Reply({"decisions": decisions})
+    lines = []
+    for one in decisions:
+        lines.append(f"{one['at']:.3f} s  {one['request']} ({one['tier'] or 'no tier'}): {one['why']}")
+        lines += [f"    {other}" for other in [*one["others"], *filter(None, [one["not_asked"]])]]
+    return Response("".join(f"{line}\n" for line in lines), media_type="text/plain; charset=utf-8")

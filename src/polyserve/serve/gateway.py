@@ -42,14 +42,16 @@ from polyserve.core.types import (
     Tier,
 )
 from polyserve.progress import REPORT_EVERY_S
+from polyserve.serve.audit import Audit, AuditSeries
+from polyserve.serve.decisions import Decisions
 from polyserve.serve.driver import Driver
 from polyserve.serve.estimate import TokenEstimator
 from polyserve.serve.fleet import Fleet
-from polyserve.serve.inflight import Inflight
+from polyserve.serve.inflight import Inflight, Ticket
 from polyserve.serve.launchers import Launcher, LaunchError
 from polyserve.serve.launchers.local import LocalLauncher
 from polyserve.serve.launchers.static import StaticLauncher
-from polyserve.serve.metrics import Books, Decisions, Metrics
+from polyserve.serve.metrics import Books, Metrics
 from polyserve.serve.pace import Paces
 from polyserve.serve.plan import Bounds, EngineSpec, ModelPlan
 from polyserve.serve.tokens import PromptCounter, tokenizer
@@ -79,12 +81,14 @@ class Gateway:
         self._launcher: Launcher = LocalLauncher(plan.launcher, session) if plan.launcher else StaticLauncher()
         self._work: set[asyncio.Task[None]] = set()
         self._closing = False
-        brain = Controller()
+        self.brain = brain = Controller()
         self.driver = Driver(brain, plan.configured, self._act, self._observe, journal, clock)
         self.inflight = Inflight(self.driver, bounds.open_requests)
         self.fleet = Fleet(self.driver, session, plan.name, bounds.probe_s, bounds.connect_s, self._ended)
         self.decisions = Decisions(brain, self.inflight)
+        self.audit = Audit(brain, self.metrics.forecast)
         self.metrics.registry.register(Books(brain, self.fleet, self.inflight, self.driver.now))
+        self.metrics.registry.register(AuditSeries(self.audit))
         self.paces = Paces(self.tiers, plan.service_tiers, plan.default_tier)
         self.estimator = TokenEstimator()
         own = None if plan.tokenizer is None else tokenizer(plan.tokenizer)
@@ -121,6 +125,11 @@ class Gateway:
         self.driver.close()
         self.counter.close()
         await self._launcher.close()
+
+    def answered(self, ticket: Ticket) -> None:
+        """A request is over: count it, and compare it with what was foreseen."""
+        self.metrics.answered(ticket)
+        self.audit.answered(ticket)
 
     # -- what the admin API asks
 
@@ -191,9 +200,11 @@ class Gateway:
                 node.set_pace(action.pace_s)
 
     def _observe(self, now: float, event: Event, actions: list[Action], took_s: float) -> None:
-        self.metrics.stepped(event, took_s)
+        if isinstance(event, Arrived):
+            slo = event.request.slo
+            self.metrics.arrived(self.brain.bin(slo) if slo else None, took_s)
         if actions:
-            self.decisions.observe(now, event, actions)
+            self.decisions.observe(now, actions)
 
     def _ended(self, instance: InstanceId) -> None:
         """A launched instance has died; the brain knows, and starts another if it wants one."""

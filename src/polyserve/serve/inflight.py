@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from polyserve.core.forecast import Forecast
 from polyserve.core.types import (
     Arrived,
     Broken,
@@ -20,6 +21,7 @@ from polyserve.core.types import (
     Dispatch,
     Finished,
     FirstToken,
+    InstanceId,
     Refuse,
     Request,
     RequestId,
@@ -38,6 +40,13 @@ Message = dict[str, Any]
 Send = Callable[[Any], Awaitable[None]]
 Interruption = Literal["lost", "evicted", "moved", "silent"]
 Outcome = Literal["ok", "refused", "cancelled", "rejected", "failed"]
+
+
+class Foreseen(NamedTuple):
+    """What was predicted of a request."""
+
+    ttft_s: float | None
+    peak_s: float | None  # longest pure-decode iteration to come
 
 
 class Ticket:
@@ -60,6 +69,11 @@ class Ticket:
         self.lateness_s = -math.inf  # of the latest token against its deadline, the worst so far
         self.outcome: Outcome | None = None  # set once: the brain knows of the end
         self.refused_by: TierName | None = None
+        self.code: str | None = None  # of the error that the client was told
+        self.foreseen: Foreseen | None = None  # by the latest dispatch from the first token on
+        self.path: list[InstanceId] = []  # every instance that it was sent to
+        self.continuations = 0  # streams that went on where another one broke
+        self.queue_s: float | None = None  # from arrival to the first dispatch
         self.gone = False  # the client has left
         self.sending = False  # the client is being sent something, and takes its time
         self.reading: Answer | None = None  # what the present stream comes from
@@ -84,6 +98,22 @@ class Ticket:
     def unread(self) -> bool:
         """Whether the engine has said more than the client has taken: then its silence is not the engine's."""
         return self.reading is not None and self.reading.unread > 0
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean seconds per token after the first."""
+        if self.first_at is None or self.tokens < 2:
+            return None
+        return (self.last_at - self.first_at) / (self.tokens - 1)
+
+    def decided(self, now: float, decision: Dispatch | Refuse, forecast: Forecast | None) -> None:
+        """Note what was decided and foreseen, for whoever asks later."""
+        if self.queue_s is None:
+            self.queue_s = max(0.0, now - self.request.arrived_at)
+        if isinstance(decision, Dispatch):
+            self.path.append(decision.instance)
+            if not decision.resume_from:
+                self.foreseen = Foreseen(decision.predicted_ttft_s, forecast.peak_s if forecast else None)
 
     async def decision(self) -> Dispatch | Refuse:
         """What the brain says next of this request."""
@@ -148,6 +178,7 @@ class Ticket:
         self.events = 0
         self.tokens = self.base = base
         self.continues = continues
+        self.continuations += continues
         self.last_at = self.boarded_at = self._driver.now()
         node.tickets[self.request.id] = self
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from polyserve.core.controller import Controller
-from polyserve.core.types import Action, Arrived, Dispatch, Event, Refuse, Slo
+from polyserve.core.types import Slo
 from polyserve.serve.fleet import STALE_S, Fleet
 from polyserve.serve.inflight import Inflight, Ticket
 
@@ -23,7 +22,6 @@ RATIO_BUCKETS = (0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5, 2, 4)
 LATENESS_BUCKETS = (0, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 BEST_EFFORT = "best-effort"
-DECISIONS_KEPT = 1000
 
 
 class Metrics:
@@ -46,14 +44,23 @@ class Metrics:
         self.queue = Histogram("queue_seconds", "From arrival to dispatch.", buckets=TTFT_BUCKETS, **by_tier)
         self._forecast = Histogram(
             "forecast_error_ratio", "Seen over predicted.", ["kind"], buckets=RATIO_BUCKETS, **own
-        ).labels("ttft")
+        )
+        self._arrived = Counter("arrived_requests", "Requests as they arrive: the demand.", **by_tier)
+        self._refused = Counter("refused_requests", "Requests refused, by the code told.", ["tier", "code"], **own)
+        self._continued = Counter("continued_requests", "Requests that went on at another instance.", **by_tier)
+        self.prompt_tokens = Counter("prompt_tokens", "Prompt tokens of requests that were served.", **by_tier)
+        self.output_tokens = Counter("output_tokens", "Output tokens that were made.", **by_tier)
         self._tiers: dict[str, _TierSeries] = {}
         self._decision = Histogram("decision_seconds", "Where a request goes.", buckets=DECISION_BUCKETS, **own)
 
-    def stepped(self, event: Event, took_s: float) -> None:
-        """Count a step of the brain, if it was a decision."""
-        if isinstance(event, Arrived):
-            self._decision.observe(took_s)
+    def forecast(self, kind: str, ratio: float) -> None:
+        """Count a prediction by what became of it, observed over predicted."""
+        self._forecast.labels(kind).observe(ratio)
+
+    def arrived(self, tier: str | None, took_s: float) -> None:
+        """Count a request of a tier (None: best effort), and the step that decided on it."""
+        self._decision.observe(took_s)
+        self._arrived.labels(tier or BEST_EFFORT).inc()
 
     def answered(self, ticket: Ticket) -> None:
         """Count a request that is over."""
@@ -64,16 +71,20 @@ class Metrics:
         if series is None:
             series = self._tiers[tier] = _TierSeries(self, tier)
         self._requests.labels(tier, outcome).inc()
+        if outcome == "refused":
+            self._refused.labels(tier, ticket.code or "unknown").inc()
+        if ticket.continuations:
+            self._continued.labels(tier).inc()
         if dispatch is not None:
+            series.prompt_tokens.inc(request.prompt_tokens)
+            series.output_tokens.inc(ticket.tokens * request.n)
             series.queue.observe(max(0.0, ticket.boarded_at - request.arrived_at))
             if dispatch.promoted:
                 self._promoted.labels(tier, dispatch.host).inc()
         if outcome == "ok" and ticket.first_at is not None:
             series.ttft.observe(ticket.first_at - request.arrived_at)
-            if dispatch is not None and dispatch.predicted_ttft_s:
-                self._forecast.observe((ticket.first_at - request.arrived_at) / dispatch.predicted_ttft_s)
-            if ticket.tokens > 1:
-                series.tpot.observe((ticket.last_at - ticket.first_at) / (ticket.tokens - 1))
+            if (tpot_s := ticket.tpot_s) is not None:
+                series.tpot.observe(tpot_s)
         if request.slo is not None and outcome not in ("cancelled", "rejected"):
             self._judge(ticket, request.slo, series)
 
@@ -126,6 +137,8 @@ class _TierSeries:
         self.tpot = metrics.tpot.labels(tier)
         self.lateness = metrics.lateness.labels(tier)
         self.queue = metrics.queue.labels(tier)
+        self.prompt_tokens = metrics.prompt_tokens.labels(tier)
+        self.output_tokens = metrics.output_tokens.labels(tier)
 
 
 class Books(Collector):
@@ -177,51 +190,3 @@ class Books(Collector):
             ratio.add_metric([books.id], books.correction.ratio)
         yield load
         yield ratio
-
-
-class Decisions:
-    """The last dispatches and refusals, and what the brain considered where it keeps that (`explain: true`)."""
-
-    def __init__(self, brain: Controller, inflight: Inflight) -> None:
-        self.brain = brain
-        self._inflight = inflight
-        self._kept: deque[tuple[float, Dispatch | Refuse, float | None]] = deque(maxlen=DECISIONS_KEPT)
-
-    def observe(self, now: float, event: Event, actions: list[Action]) -> None:
-        """Keep the decisions among a step's actions."""
-        for action in actions:
-            if isinstance(action, Dispatch | Refuse):
-                ticket = self._inflight.get(action.request)
-                self._kept.append((now, action, ticket.request.arrived_at if ticket else None))
-
-    def last(self, limit: int) -> list[dict[str, Any]]:
-        """The latest first, as plain values."""
-        explained = {(one.at, one.request): one for one in self.brain.explanations}
-        latest = list(self._kept)[-limit:][::-1] if limit else []
-        return [
-            _plain(now, action, arrived_at, explained.get((now, action.request))) for now, action, arrived_at in latest
-        ]
-
-
-def _plain(now: float, action: Dispatch | Refuse, arrived_at: float | None, explanation: Any) -> dict[str, Any]:
-    plain: dict[str, Any] = {
-        "at": now,
-        "request": action.request,
-        "tier": action.tier,
-        "waited_s": None if arrived_at is None else round(now - arrived_at, 6),
-    }
-    if isinstance(action, Dispatch):
-        plain |= {
-            "decision": "dispatch",
-            "instance": action.instance,
-            "host": action.host,
-            "promoted": action.promoted,
-            "predicted_ttft_s": action.predicted_ttft_s,
-            "slo": None if action.slo is None else {"ttft_s": action.slo.ttft_s, "tpot_s": action.slo.tpot_s},
-        }
-    else:
-        plain |= {"decision": "refuse", "code": action.code, "retry_after_s": action.retry_after_s}
-    if explanation is not None:
-        plain["forecast"] = explanation.forecast
-        plain["considered"] = explanation.considered
-    return plain

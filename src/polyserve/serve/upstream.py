@@ -204,6 +204,7 @@ class Exchange:
         """Tell the client that there will be no more; raises the error while a status can still tell it."""
         if self.ticket.outcome == "ok":
             return
+        self.ticket.code = error.code
         self.ticket.outcome = "refused" if self.ticket.outcome == "refused" and not self.started else "failed"
         if not self.started:
             raise error
