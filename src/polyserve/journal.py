@@ -34,7 +34,7 @@ _Code = Callable[[Any], Any]
 _TAGGED: dict[str, type[Any]] = {cls.__name__: cls for cls in (*get_args(Event), *get_args(Action))}
 _AS_WRITTEN = {
     (Configured, "settings"), (Configured, "profiles"), (Configured, "tiers"), (Reconfigured, "profiles"),
-    (Reconfigured, "tiers"), (Configured, "tenants"),
+    (Reconfigured, "tiers"), (Configured, "tenants"), (Reconfigured, "tenants"),
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from live import TIERS, Live, listening, make_plan, until
 from test_serve import free_port
 
 from polyserve.config import load
+from polyserve.serve.access import hashed
 from polyserve.serve.house import House, serve
 from polyserve.serve.plan import Address, PlanError
 from polyserve.serve.reload import Source
@@ -147,6 +148,38 @@ async def test_an_instance_that_never_answered_goes_at_once(tmp_path: Path) -> N
         file.say()
         await call(live, "POST", "/admin/reload")
         await until(lambda: live.gateway.fleet.get("dead") is None)
+
+
+async def test_tenants_change_their_keys_and_rates(tmp_path: Path) -> None:
+    def tenant(name: str, **values: Any) -> dict[str, Any]:
+        return {"name": name, "keys": [hashed(f"key-of-{name}")], **values}
+
+    async def status(live: Live, name: str) -> int:
+        headers = {"authorization": f"Bearer key-of-{name}"}
+        async with live.http.post(live.url + "/v1/chat/completions", json=CHAT, headers=headers) as answer:
+            await answer.read()
+            return answer.status
+
+    engine = FakeEngine(tokens=60, every_s=0.01)
+    async with over(tmp_path, engine, tenants=[tenant("shop"), tenant("lab", concurrency=2)]) as (live, file):
+        running = [asyncio.create_task(status(live, "lab")) for _ in range(2)]
+        await until(lambda: engine.streams == 2)
+        file.say(tenants=[tenant("lab", concurrency=3), tenant("new")])
+        _, told = await call(live, "POST", "/admin/reload")
+        assert told == {
+            "changed": ["tenant lab: tenant", "tenant new is new", "tenant shop has gone"],
+            "restart_needed": [],
+        }
+        third = asyncio.create_task(status(live, "lab"))
+        await until(lambda: engine.streams == 3)
+        assert await status(live, "lab") == 429, "those that were let in before count"
+        assert await status(live, "shop") == 401
+        assert await status(live, "new") == 200
+        assert await asyncio.gather(*running, third) == [200] * 3
+        file.say()
+        _, told = await call(live, "POST", "/admin/reload")
+        assert told == {"changed": [], "restart_needed": ["tenants differs"]}
+        assert await status(live, "nobody") == 401
 
 
 async def test_what_cannot_change_is_named_and_stays(tmp_path: Path) -> None:

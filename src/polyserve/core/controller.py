@@ -219,6 +219,7 @@ class Controller:
     def _reconfigure(self, event: Reconfigured) -> None:
         """Change the tiers: nobody is refused for it, and nobody moves to another instance."""
         self._profiles |= {name: Profile.from_dict(plain) for name, plain in event.profiles.items()}
+        self._quotas.replace(event.tenants, self._now)
         before, self._tiers = self._tiers, sorted(event.tiers, key=lambda t: t.tpot_s)
         into, names = heirs(before, self._tiers), [tier.name for tier in self._tiers]
         self._tier = {tier.name: tier for tier in self._tiers}

@@ -55,12 +55,15 @@ class Excess(NamedTuple):
 class Quota:
     """What one tenant has used."""
 
-    def __init__(self, tenant: Tenant, now: float) -> None:
+    def __init__(self, tenant: Tenant, now: float, before: Quota | None = None) -> None:
+        """`before`: what the tenant had under other bounds, whose requests count on."""
+        self.tenant = tenant
         self._most = math.inf if tenant.concurrency is None else tenant.concurrency
         self._requests = _bucket(tenant.requests_per_s, tenant.burst_s, now)
         self._tokens = _bucket(tenant.tokens_per_s, tenant.burst_s, now)
-        self._open = 0
-        self._takes_s = 1.0  # a request, as far as those that have ended tell
+        self._open: int = before._open if before is not None else 0
+        # What a request takes, as far as those that have ended tell.
+        self._takes_s: float = before._takes_s if before is not None else 1.0
 
     def excess(self, now: float) -> Excess | None:
         """What forbids one more request, if anything; the longest wait of all."""
@@ -104,6 +107,21 @@ class Quotas:
 
     def __bool__(self) -> bool:
         return bool(self._quotas)
+
+    def replace(self, tenants: Iterable[Tenant], now: float) -> None:
+        """Other tenants: one that is as it was keeps its buckets, and every one that stays its open requests."""
+        before, self._quotas = self._quotas, {}
+        for tenant in tenants:
+            old = before.get(tenant.name)
+            if old is not None and old.tenant == tenant:
+                self._quotas[tenant.name] = old
+            elif tenant.limited:
+                self._quotas[tenant.name] = Quota(tenant, now, old)
+        heirs = {id(old): self._quotas.get(name, old) for name, old in before.items()}
+        self._open = {
+            request: (heirs.get(id(quota), quota), since, choices)
+            for request, (quota, since, choices) in self._open.items()
+        }
 
     def admit(self, now: float, request: Request) -> Excess | None:
         """Let a request in, or say what its tenant has too much of."""

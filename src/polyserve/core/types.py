@@ -148,14 +148,15 @@ class Configured:
 
 @dataclass(frozen=True, slots=True)
 class Reconfigured:
-    """Other tiers from now on; requests that are here keep the SLO they came with, and are binned anew by it.
+    """Other tiers and tenants from now on; requests that are here keep the SLO they came with.
 
-    `profiles` are those of instances to come that were not named before.
+    They are binned anew by it. `profiles` are those of instances to come that were not named before.
     """
 
     at: float
     tiers: tuple[Tier, ...]
     profiles: dict[str, dict[str, object]] = field(default_factory=dict)
+    tenants: tuple[Tenant, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

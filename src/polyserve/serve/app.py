@@ -57,9 +57,13 @@ class Front:
         self._clock = clock
         self.bounds = bounds
         self._beside = beside
-        self._tenants = tenants_keyring(tenants) if tenants else None
+        self.know(tenants)
         self._operators = operators
         self._gateways = {name: gateway for gateway in gateways for name in (gateway.model, *gateway.plan.aliases)}
+
+    def know(self, tenants: Sequence[TenantPlan]) -> None:
+        """Other tenants from now on: the keys of those before open nothing any more."""
+        self._tenants = tenants_keyring(tenants) if tenants else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]

@@ -23,7 +23,7 @@ from polyserve.core.settings import SettingError
 from polyserve.core.types import Configured, Reconfigured, Tier
 from polyserve.serve.gateway import Gateway
 from polyserve.serve.pace import BEST_EFFORT, Paces
-from polyserve.serve.plan import Bounds, ModelPlan, Plan, PlanError
+from polyserve.serve.plan import Bounds, ModelPlan, Plan, PlanError, TenantPlan
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +58,20 @@ class Report:
     restart: list[str] = field(default_factory=list)  # differs, and stays as it was until a restart
 
 
+class Door(Protocol):
+    """Where clients come in."""
+
+    def know(self, tenants: Sequence[TenantPlan]) -> None: ...
+
+
 class House(Protocol):
     """What is reloaded."""
 
     plan: Plan
     gateways: dict[str, Gateway]
+
+    @property
+    def front(self) -> Door: ...
 
     def rebound(self, bounds: Bounds) -> None: ...
 
@@ -131,6 +140,11 @@ def apply(house: House, new: Plan) -> Report:
     """Change over to another plan as far as that goes; raises `PlanError` before anything has changed."""
     old, report = house.plan, Report()
     models = {model.name: model for model in new.models}
+    if bool(old.tenants) != bool(new.tenants):  # which listener tells what, and whether keys are asked for at all
+        was = {model.name: model.configured.tenants for model in old.models}
+        for name in models.keys() & was.keys():
+            configured = replace(models[name].configured, tenants=was[name])
+            models[name] = replace(models[name], configured=configured)
     for model in new.models:
         if model.name in house.gateways:
             check(model.configured)
@@ -143,6 +157,9 @@ def apply(house: House, new: Plan) -> Report:
     for name in _differing(old, new):
         if name == "watch":
             report.changed.append(f"the file is {'' if new.watch else 'not '}watched")
+        elif name == "tenants" and old.tenants and new.tenants:
+            report.changed += _tenant_changes(old.tenants, new.tenants)
+            house.front.know(new.tenants)
         elif name not in fixed:
             fixed[name] = getattr(old, name)
             report.restart.append(f"{name} differs")
@@ -167,6 +184,17 @@ def _names(some: Iterable[ModelPlan], others: Iterable[ModelPlan]) -> list[str]:
 def _differing(old: Any, new: Any) -> Iterator[str]:
     """Fields of two dataclasses of a kind that are not equal."""
     return (f.name for f in dataclasses.fields(old) if getattr(old, f.name) != getattr(new, f.name))
+
+
+def _tenant_changes(old: Sequence[TenantPlan], new: Sequence[TenantPlan]) -> list[str]:
+    """What is different about the tenants, keys not shown."""
+    was, now = {one.tenant.name: one for one in old}, {one.tenant.name: one for one in new}
+    lines = [f"tenant {name} has gone" for name in was if name not in now]
+    lines += [f"tenant {name} is new" for name in now if name not in was]
+    for name in was.keys() & now.keys():
+        if parts := list(_differing(was[name], now[name])):
+            lines.append(f"tenant {name}: {', '.join(parts)}")
+    return sorted(lines)
 
 
 def _bounds(house: House, new: Bounds, report: Report) -> Bounds:
@@ -206,19 +234,20 @@ _Change = Callable[[Gateway, ModelPlan, ModelPlan, Report], ModelPlan]
 
 
 def _change_core(gateway: Gateway, old: ModelPlan, new: ModelPlan, report: Report) -> ModelPlan:
-    """Tiers, and profiles of instances to come: an event of the core; the rest of what it was told first stays."""
+    """Tiers, tenants' rates, profiles of instances to come: an event of the core; the rest that it was told stays."""
     was, now = old.configured, new.configured
     fresh = {name: plain for name, plain in now.profiles.items() if name not in was.profiles}
-    changed = {"tiers", "profiles"}
+    changed = {"tiers", "profiles", "tenants"}
     report.restart += [f"{name} differ" for name in _differing(was, now) if name not in changed]
     report.restart += [
         f"profile {name} has changed" for name, plain in was.profiles.items() if now.profiles.get(name, plain) != plain
     ]
     report.changed += tier_changes(was.tiers, now.tiers)
     report.changed += [f"profile {name} is known" for name in fresh]
-    if was.tiers != now.tiers or fresh:
-        gateway.driver.post(Reconfigured(gateway.driver.now(), now.tiers, fresh))
-    return replace(new, configured=replace(was, tiers=now.tiers, profiles=was.profiles | fresh))
+    if was.tiers != now.tiers or was.tenants != now.tenants or fresh:
+        gateway.driver.post(Reconfigured(gateway.driver.now(), now.tiers, fresh, now.tenants))
+    force = replace(was, tiers=now.tiers, tenants=now.tenants, profiles=was.profiles | fresh)
+    return replace(new, configured=force)
 
 
 def tier_changes(old: Sequence[Tier], new: Sequence[Tier]) -> list[str]:
