@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,19 @@ def test_the_command_beside_a_run_makes_that_run(capsys: pytest.CaptureFixture[s
         assert told[name] == run[name], name
 
 
-def test_what_was_interrupted_goes_on_to_the_same_result(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def alive(group: int) -> list[str]:
+    """Processes of a group; those that are dead, but that nobody has asked about, are none."""
+    fields = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields.append(stat.read_text().rpartition(")")[2].split())
+    return [state for state, _, of, *_ in fields if int(of) == group and state != "Z"]
+
+
+@pytest.mark.parametrize("by", ["the terminal", "a supervisor"])
+def test_what_was_interrupted_goes_on_to_the_same_result(
+    by: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     policies = ["--policies", "random@512"]
     study(capsys, *policies, "--out", str(tmp_path / "whole"))
     runs = tmp_path / "cut" / "runs.jsonl"
@@ -99,8 +112,16 @@ def test_what_was_interrupted_goes_on_to_the_same_result(capsys: pytest.CaptureF
     until = time.monotonic() + 240  # compiling, where no cache is
     while not (runs.exists() and runs.read_text().count("\n")) and time.monotonic() < until:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    if by == "the terminal":
+        os.killpg(process.pid, signal.SIGINT)  # to the workers too
+    else:
+        process.terminate()
     out, err = process.communicate(timeout=30)
+    for _ in range(500):
+        if not (left := alive(process.pid)):
+            break
+        time.sleep(0.02)
+    assert not left, "workers go on"
     assert (process.returncode, out) == (130, ""), err
     assert err.splitlines()[-1] == f"polyserve: stopped; {runs} keeps every run: the same command goes on from there"
     assert "Traceback" not in err

@@ -179,6 +179,8 @@ def workers(jobs: int) -> Iterator[Executor]:
             pool.submit(os.getpid)
     finally:
         signal.signal(signal.SIGINT, held)
+    # Told to end, nobody else ends the workers, who would go on for minutes with runs that nobody waits for.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield pool
     except BrokenProcessPool:
@@ -188,6 +190,8 @@ def workers(jobs: int) -> Iterator[Executor]:
         for process in multiprocessing.active_children():
             process.terminate()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     pool.shutdown()
 
 
