@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping
 from types import MappingProxyType
@@ -29,6 +30,7 @@ class Case(NamedTuple):
 
 NONE: dict[str, str] = {}
 HURRY = {"x-slo-ttft-ms": "60", "x-slo-tpot-ms": "100"}
+CROWDED = "Bearer of-crowd"  # of a tenant that may have one request open, and has
 CASES = [
     Case("saturated", "busy", "RateLimitError", 429, "overloaded", HURRY),
     Case("impossible", "good", "BadRequestError", 400, "slo_infeasible", {"x-slo-ttft-ms": "1"}),
@@ -39,6 +41,16 @@ CASES = [
     Case("unknown model", "nobody", "NotFoundError", 404, "model_not_found"),
     Case("wrong type", "good", "BadRequestError", 400, "invalid_type", NONE, {"max_tokens": "ten"}),
     Case("too long", "good", "BadRequestError", 400, "context_length_exceeded", NONE, {"max_tokens": 10**9}),
+    Case("wrong key", "good", "AuthenticationError", 401, "invalid_api_key", {"Authorization": "Bearer wrong"}),
+    Case(
+        "forbidden tier",
+        "good",
+        "PermissionDeniedError",
+        403,
+        "tier_not_allowed",
+        {"Authorization": "Bearer of-fast", "x-polyserve-tier": "slow"},
+    ),
+    Case("more than its share", "held", "RateLimitError", 429, "rate_limit_exceeded", {"Authorization": CROWDED}),
     Case("engine fails", "dying", "InternalServerError", 502, "upstream_error"),
 ]
 # What the engine itself says is passed on, its own code too.
@@ -97,6 +109,7 @@ async def house() -> AsyncIterator[tuple[Live, Engines]]:
         "good": good,
         "slow": slow,
         "busy": endless(),
+        "held": endless(),
         "full": endless(),
         "waiting": endless(),
         "again": FakeEngine(tokens=40, every_s=0.02),
@@ -124,12 +137,21 @@ async def house() -> AsyncIterator[tuple[Live, Engines]]:
             if model["name"] in narrow:
                 model["instances"][0]["max_num_seqs"] = 1
         limits = {"probe_s": 0.05, "shutdown_s": 1, "body_mib": LARGEST_MIB, "attempts": 1}
-        plain = {"profile": PROFILE, "tiers": TIERS, "limits": limits, "models": models}
+        tenants = [
+            {"name": name, "keys": [hashlib.sha256(key.encode()).hexdigest()], **bounds}
+            for name, key, bounds in (
+                ("all", "none", {}),
+                ("fast", "of-fast", {"tiers": ["fast"]}),
+                ("crowd", "of-crowd", {"concurrency": 1}),
+            )
+        ]
+        plain = {"tenants": tenants, "profile": PROFILE, "tiers": TIERS, "limits": limits, "models": models}
         live = await stack.enter_async_context(listening(plan(Config.model_validate(plain), "test.yaml")))
         fleets = {name: gateway.fleet for name, gateway in live.house.gateways.items()}
         await until(lambda: all(fleet.ready for name, fleet in fleets.items() if name != "gone"))
         asked = [asyncio.create_task(_occupy(live, name)) for name in ("busy", "full", "waiting", "full")]
-        await until(lambda: all(engines[name].streams == 1 for name in ("busy", "full", "waiting")))
+        asked.append(asyncio.create_task(_occupy(live, "held", CROWDED)))
+        await until(lambda: all(engines[name].streams == 1 for name in ("busy", "full", "waiting", "held")))
         await until(lambda: len(live.house.gateways["full"].inflight) == 2)
         try:
             yield live, Engines(good, slow)
@@ -139,7 +161,8 @@ async def house() -> AsyncIterator[tuple[Live, Engines]]:
             await asyncio.gather(*asked, return_exceptions=True)
 
 
-async def _occupy(live: Live, model: str) -> None:
+async def _occupy(live: Live, model: str, key: str = "Bearer none") -> None:
     body = {"model": model, "messages": [{"role": "user", "content": "hold"}], "stream": True}
-    async with live.http.post(f"{live.url}/v1/chat/completions", json=body) as answer:
+    headers = {"Authorization": key}
+    async with live.http.post(f"{live.url}/v1/chat/completions", json=body, headers=headers) as answer:
         await answer.read()
