@@ -64,6 +64,18 @@ def test_a_pace_in_the_body_that_is_no_positive_number_is_refused_by_its_path(va
         assert caught.value.param in ("vllm_xargs.slo_tpot_ms", "nvext.router.itl_target")
 
 
+@pytest.mark.parametrize(("headers", "body"), [
+    ({"x-slo-ttft-ms": "250", "x-sgl-tps-slo": "many"}, {}),
+    ({"x-slo-ttft-ms": "250"}, {"nvext": {"router": {"itl_target": "soon"}}}),
+    ({}, {"nvext": {"router": {"itl_target": 40}}, "vllm_xargs": {"slo_ttft_ms": -1}}),
+    ({"x-polyserve-tier": "fast"}, {"service_tier": "gold"}),
+])  # fmt: skip
+def test_a_malformed_way_is_told_though_another_one_wins(headers: dict[str, str], body: dict[str, Any]) -> None:
+    with pytest.raises(ApiError) as caught:
+        PACES.asked({name.encode(): value.encode() for name, value in headers.items()}, body)
+    assert caught.value.status == 400
+
+
 @pytest.mark.parametrize("router", [5, "fast", [], True])
 def test_a_router_of_nvext_that_is_no_object_is_refused(router: Any) -> None:
     with pytest.raises(ApiError, match="an object") as caught:

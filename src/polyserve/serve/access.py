@@ -129,7 +129,7 @@ def clamped(tenant: TenantPlan, tiers: Iterable[Tier], slo: Slo) -> Slo:
 # ------------------------------------------------------------------------------------------------------- the operators
 
 # What load balancers ask; it tells nothing.
-OPEN_PATHS = frozenset(("/health", "/ready", "/version"))
+OPEN_PATHS = frozenset(("/health", "/ready", "/version", "/openapi.json"))
 # A request that somebody passed on does not come from this machine, whatever its socket says.
 _PASSED_ON = (b"forwarded", b"x-forwarded-for", b"via", b"x-real-ip")
 

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 import polyserve
 from polyserve.core.types import Tier
-from polyserve.serve import console
+from polyserve.serve import console, openapi
 from polyserve.serve.access import OPEN_PATHS, Operators
 from polyserve.serve.adapters import KINDS, chunk_rule
 from polyserve.serve.app import RESTART_S, App, no_model, send_error
@@ -62,21 +62,31 @@ def admin(house: House, operators: Operators) -> App:
 
 
 def _application(routes: list[Route]) -> Starlette:
+    written = msgspec.json.encode(openapi.document(routes))
+
+    async def described(request: Request) -> Response:
+        return Response(written, media_type="application/json")
+
+    routes = [*routes, Route("/openapi.json", described)]
     handlers: dict[Any, Any] = {ApiError: _on_error, HTTPException: _on_http_error, Exception: _on_crash}
     return Starlette(routes=routes, exception_handlers=handlers)
 
 
 def _public_routes(house: House) -> list[Route]:
     async def models(request: Request) -> Response:
+        """The names of all models, aliases too."""
         return Reply({"object": "list", "data": [_model(house, name) for name in _names(house)]})
 
     async def model(request: Request) -> Response:
+        """One model by its name."""
         return Reply(_model(house, request.path_params["model"]))
 
     async def health(request: Request) -> Response:
+        """Whether the gateway is alive."""
         return Reply({"status": "ok"})
 
     async def ready(request: Request) -> Response:
+        """Whether requests are taken in and any model has an instance."""
         if not house.accepting():
             raise ApiError(503, "shutting_down", "the gateway is shutting down", retry_after_s=RESTART_S)
         ready = {model: gateway.fleet.ready for model, gateway in house.gateways.items()}
@@ -85,6 +95,7 @@ def _public_routes(house: House) -> list[Route]:
         return Reply({"status": "ready", "models": ready})
 
     async def version(request: Request) -> Response:
+        """Which version serves."""
         return Reply({"version": polyserve.__version__})
 
     return [
@@ -98,6 +109,7 @@ def _public_routes(house: House) -> list[Route]:
 
 def _metrics(house: House) -> Route:
     async def metrics(request: Request) -> Response:
+        """All metrics in Prometheus' text format."""
         return Response(house.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return Route("/metrics", metrics)
@@ -105,10 +117,12 @@ def _metrics(house: House) -> Route:
 
 def _admin_routes(house: House) -> list[Route]:
     async def fleet(request: Request) -> Response:
+        """Every instance, of one model with `?model=`."""
         shown = [_shown(gateway, node) for gateway in _asked(house, request) for node in gateway.fleet]
         return Reply({"instances": shown})
 
     async def decisions(request: Request) -> Response:
+        """The latest decisions, `?limit=` of them, of one model with `?model=`."""
         limit = request.query_params.get("limit", "100")
         if not re.fullmatch(r"\d{1,6}", limit):
             raise ApiError(400, "invalid_limit", f"limit is a number up to {DECISIONS_KEPT}, not {limit!r}", "limit")
@@ -116,12 +130,15 @@ def _admin_routes(house: House) -> list[Route]:
         return decided(request, latest)
 
     async def audit(request: Request) -> Response:
+        """Predicted against observed, of one model with `?model=`."""
         return Reply({gateway.model: gateway.audit.to_dict() for gateway in _asked(house, request)})
 
     async def tiers(request: Request) -> Response:
+        """Every tier, of one model with `?model=`."""
         return Reply({"tiers": [_tier(gateway, tier) for gateway in _asked(house, request) for tier in gateway.tiers]})
 
     async def join(request: Request) -> Response:
+        """Take an instance in."""
         gateway, spec = _joining(house, await request.body())
         if gateway.fleet.get(spec.id) is not None:
             raise ApiError(409, "instance_exists", f"there is an instance {spec.id!r} already", "id")
@@ -129,11 +146,13 @@ def _admin_routes(house: House) -> list[Route]:
         return Reply({"id": spec.id, "model": gateway.model}, status_code=202)
 
     async def remove(request: Request) -> Response:
+        """Take an instance out at once; its requests go elsewhere."""
         gateway, node = _node(house, request)
         await gateway.remove(node.id)
         return Response(status_code=204)
 
     async def drain(request: Request) -> Response:
+        """Let an instance end what it has, and take it out."""
         gateway, node = _node(house, request)
         gateway.drain(node.id)
         return Reply({"id": node.id, "model": gateway.model, "state": "draining"}, status_code=202)

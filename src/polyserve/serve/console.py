@@ -56,6 +56,7 @@ def routes(house: House, gateway_of: Callable[[str | None], Gateway]) -> list[Ro
     """`gateway_of` finds the gateway of a model, or the only one for None; it raises `ApiError`."""
 
     async def reload(request: Request) -> Response:
+        """Read the config again; a bad one changes nothing."""
         if house.reloader is None:
             raise ApiError(409, "no_config_file", "this gateway was not started from a config file")
         try:
@@ -65,6 +66,7 @@ def routes(house: House, gateway_of: Callable[[str | None], Gateway]) -> list[Ro
         return _told(report)
 
     async def put_tiers(request: Request) -> Response:
+        """Have these tiers in place of a model's present ones."""
         try:
             body = msgspec.json.decode(await request.body(), type=_Tiers)
         except msgspec.MsgspecError as error:

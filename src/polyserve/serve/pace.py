@@ -27,6 +27,7 @@ SERVICE_TIERS = ("auto", "default", "flex", "priority", "scale")
 
 # A pair of milliseconds, each None where the client did not say.
 _Asked = tuple[float | None, float | None]
+_NOTHING: _Asked = (None, None)
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Paces:
         return None if slo is None else clamped(tenant, self.tiers, slo)
 
     def _slo(self, headers: Mapping[bytes, bytes], body: Mapping[str, Any], name: TierName) -> Slo | None:
-        ttft_ms, tpot_ms = _in_headers(headers)
-        if ttft_ms is None and tpot_ms is None:
-            ttft_ms, tpot_ms = _in_body(body)
+        # All are read before the first wins: what is malformed is told, never skipped in silence.
+        asked = [*_in_headers(headers), *_in_body(body)]
+        ttft_ms, tpot_ms = next((pair for pair in asked if pair != _NOTHING), _NOTHING)
         if ttft_ms is None and tpot_ms is None:
             tier = self._tier(name)
             return None if tier is None else Slo(tier.ttft_s, tier.tpot_s)
@@ -72,6 +73,10 @@ class Paces:
         return next((name for name, to in named.items() if to == got), "default")
 
     def _named(self, headers: Mapping[bytes, bytes], body: Mapping[str, Any], default: TierName) -> TierName:
+        wanted = body.get("service_tier")
+        if wanted is not None and wanted not in SERVICE_TIERS:
+            there = ", ".join(SERVICE_TIERS)
+            raise ApiError(400, "invalid_type", f"service_tier is one of {there}, not {wanted!r}", "service_tier")
         value = headers.get(_TIER)
         if value is not None:
             name = value.decode("latin-1")
@@ -79,12 +84,8 @@ class Paces:
                 there = ", ".join([*(tier.name for tier in self.tiers), BEST_EFFORT])
                 raise _invalid(_TIER.decode(), f"unknown tier {name!r}; there are: {there}")
             return name
-        wanted = body.get("service_tier")
         if wanted is None:
             return default
-        if not isinstance(wanted, str) or (wanted not in SERVICE_TIERS and wanted not in self.service_tiers):
-            there = ", ".join(dict.fromkeys([*SERVICE_TIERS, *self.service_tiers]))
-            raise ApiError(400, "invalid_type", f"service_tier is one of {there}, not {wanted!r}", "service_tier")
         return self.service_tiers.get(wanted, default)
 
     def _tier(self, name: TierName) -> Tier | None:
@@ -102,27 +103,21 @@ class Paces:
         return min(self.tiers, key=lambda tier: tier.tpot_s).ttft_s
 
 
-def _in_headers(headers: Mapping[bytes, bytes]) -> _Asked:
-    for ttft, tpot in _PAIRS:
-        if ttft in headers or tpot in headers:
-            return _header_ms(headers, ttft), _header_ms(headers, tpot)
-    if _SGL_TTFT in headers or _SGL_TPS in headers:
-        tokens_per_s = _header_ms(headers, _SGL_TPS)
-        return _header_ms(headers, _SGL_TTFT), None if tokens_per_s is None else 1e3 / tokens_per_s
-    return None, None
+def _in_headers(headers: Mapping[bytes, bytes]) -> list[_Asked]:
+    pairs = [(_header_ms(headers, ttft), _header_ms(headers, tpot)) for ttft, tpot in _PAIRS]
+    tokens_per_s = _header_ms(headers, _SGL_TPS)
+    return [*pairs, (_header_ms(headers, _SGL_TTFT), None if tokens_per_s is None else 1e3 / tokens_per_s)]
 
 
-def _in_body(body: Mapping[str, Any]) -> _Asked:
-    nvext = body.get("nvext")
-    router = nvext.get("router") if isinstance(nvext, dict) else None
-    if router is not None and not isinstance(router, dict):
+def _in_body(body: Mapping[str, Any]) -> list[_Asked]:
+    nvext, xargs = body.get("nvext") or {}, body.get("vllm_xargs") or {}
+    router = {} if nvext.get("router") is None else nvext["router"]
+    if not isinstance(router, dict):
         raise _invalid("nvext.router", f"an object, not {router!r}")
-    if router is not None and not router.keys().isdisjoint(("ttft_target", "itl_target")):
-        return _field_ms(router, "ttft_target", "nvext.router"), _field_ms(router, "itl_target", "nvext.router")
-    xargs = body.get("vllm_xargs")
-    if isinstance(xargs, dict):
-        return _field_ms(xargs, "slo_ttft_ms", "vllm_xargs"), _field_ms(xargs, "slo_tpot_ms", "vllm_xargs")
-    return None, None
+    return [
+        (_field_ms(router, "ttft_target", "nvext.router"), _field_ms(router, "itl_target", "nvext.router")),
+        (_field_ms(xargs, "slo_ttft_ms", "vllm_xargs"), _field_ms(xargs, "slo_tpot_ms", "vllm_xargs")),
+    ]
 
 
 def _header_ms(headers: Mapping[bytes, bytes], name: bytes) -> float | None:
