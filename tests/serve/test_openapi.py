@@ -50,7 +50,7 @@ class Background:
         self.written: dict[str, Any] = self.run(self._get("/openapi.json"))
 
     def run(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(240)  # the core may be compiled first
 
     async def _get(self, path: str) -> Any:
         async with self.live.http.get(self.live.url + path) as answer:
