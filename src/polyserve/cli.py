@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from polyserve.commands import profile as profile_command
+from polyserve.commands.dashboard import dashboard
 from polyserve.commands.key import key
 from polyserve.commands.plan import plan
 from polyserve.commands.study import study
@@ -466,6 +467,7 @@ def replay_journal(file: Annotated[Path, typer.Argument(help="A journal, .gz or 
 
 # ------------------------------------------------------------------------------------------- commands of their own file
 
+app.command()(dashboard)
 app.command()(key)
 app.command()(plan)
 app.command()(study)

@@ -202,10 +202,11 @@ class Ticket:
         else:
             tokens = self.base + max(1, int(self.events * node.tokens_per_event / self._n))
             moved, events = tokens != self.tokens, 1
+        # Of tokens that come together the first is the latest against its deadline.
+        late = now - self._due_at - self.tokens * self._tpot_s
         self.tokens = tokens
         if moved and not node.tells:
             node.progress.token(now, self.request.id, tokens, events)
-        late = now - self._due_at - (tokens - 1) * self._tpot_s
         if late > self.lateness_s:
             self.lateness_s = late
         self.last_at = node.moved_at = now

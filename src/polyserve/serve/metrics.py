@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -171,11 +172,6 @@ class Books(Collector):
         for labels, count in sorted(states.items()):
             instances.add_metric(labels, count)
         yield instances
-        pace = GaugeMetricFamily("polyserve_pace_seconds", "Bound on an instance's iterations.", labels=["instance"])
-        for node in self._fleet:
-            if node.pace_s is not None:
-                pace.add_metric([node.id], node.pace_s)
-        yield pace
         now = self._clock()
         stale = sum(1 for node in self._fleet if node.load is not None and now - node.load_at > STALE_S)
         yield GaugeMetricFamily("polyserve_stale_instances", "Instances whose metrics are old.", value=stale)
@@ -185,8 +181,12 @@ class Books(Collector):
         ratio = GaugeMetricFamily(
             "polyserve_profile_correction_ratio", "Observed over believed iteration time.", labels=["instance"]
         )
+        pace = GaugeMetricFamily("polyserve_pace_seconds", "Bound on an instance's iterations.", labels=["instance"])
         for books in self._brain.fleet:
+            if math.isfinite(books.pace_s):  # one that is starting, and all of a policy without paces, have none
+                pace.add_metric([books.id], books.pace_s)
             load.add_metric([books.id], books.load)
             ratio.add_metric([books.id], books.correction.ratio)
+        yield pace
         yield load
         yield ratio
