@@ -170,7 +170,7 @@ def _add_delta(message: dict[str, Any], delta: dict[str, Any]) -> None:
             message[key] = value or message[key]
         elif isinstance(value, str):
             message[key] = (message.get(key) or "") + value
-        elif value is not None:
+        elif value is not None or key not in message:
             message[key] = value
 
 
