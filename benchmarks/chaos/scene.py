@@ -26,8 +26,8 @@ PROFILE = Profile(
 )
 # name, TPOT and TTFT in milliseconds
 TIERS = (("fast", 50, 1_500), ("medium", 100, 3_000), ("slow", 200, 6_000))
-# A stream that is silent for so long is broken: some frozen engines thaw before, some do not.
-SILENCE_S = 6.0
+# A stream that is silent for so long is broken; best effort that was begun waits as long for a place to go on at.
+SILENCE_S = 60.0
 
 
 def write_profile(folder: Path) -> Path:

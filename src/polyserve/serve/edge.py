@@ -9,13 +9,14 @@ the connection is cut, which cancels the request like any other client's leaving
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from enum import Enum, auto
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from polyserve.serve.corked import CorkedProtocol
 from polyserve.serve.errors import ApiError
@@ -68,6 +69,7 @@ class Edge(CorkedProtocol):
         self._stall: asyncio.TimerHandle | None = None  # with a client that reads too slowly
         self._unread = 0
         self._ended = False
+        self._answered: RequestResponseCycle | None = None  # the first of those in the pipeline
 
     # -- what the client sends
 
@@ -99,6 +101,8 @@ class Edge(CorkedProtocol):
     def on_headers_complete(self) -> None:
         self._awaited = _Awaited.BODY
         super().on_headers_complete()
+        if not self.pipeline:
+            self._answered = self.cycle
 
     def on_message_complete(self) -> None:
         self._awaited = _Awaited.NOTHING
@@ -142,16 +146,28 @@ class Edge(CorkedProtocol):
 
     def _end(self, error: ApiError) -> None:
         """Say why, unless an answer is under way, and close."""
-        cycle = self.cycle
-        if not self.pipeline and (cycle is None or cycle.response_complete or not cycle.response_started):
+        if self._ended:
+            return
+        answered = self._answered
+        if not self.pipeline and (answered is None or answered.response_complete or not answered.response_started):
             headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(error.body))]
             lines = [b"%s: %s\r\n" % header for header in (*headers, *error.headers, (b"connection", b"close"))]
             self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", error.body]))
         self._ended = True
-        self.transport.write_eof()
+        self._give_up_answers()
+        with contextlib.suppress(OSError):  # it has hung up
+            self.transport.write_eof()
         # What it has sent and nobody read would make the kernel forget what it has not read.
         self._forget_sender()
         self._patience = self.loop.call_later(LINGER_S, self.transport.abort)
+
+    def _give_up_answers(self) -> None:
+        """Nothing more is written: to the application the client has gone."""
+        self.pipeline.clear()
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.waiting_for_100_continue = False
+            self._answered.disconnected = True
+            self._answered.message_event.set()
 
     # -- what the client reads
 
@@ -164,6 +180,7 @@ class Edge(CorkedProtocol):
         self._forget_reader()
 
     def on_response_complete(self) -> None:
+        self._answered = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
         if self.transport.get_write_buffer_size():
             self._watch_reader()
