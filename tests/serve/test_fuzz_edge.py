@@ -15,7 +15,7 @@ from live import Live
 from test_gateway import CHAT, over, post
 
 # Connections of one test; a failure names the number of the one that found it.
-CASES = 150
+CASES = 100
 STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/ready", "/version", "/",
          "/admin/fleet", "/admin/decisions?limit=3", "/admin/tiers", "/v1/models/tiny", "/v1/embeddings",
@@ -28,9 +28,10 @@ HEADERS = (
     b"upgrade: websocket", b"upgrade: h2c", b"expect: 100-continue", b"expect: nonsense", b" folded: line",
     b"no colon", b": empty", b"x-nul: a\x00b", b"x-high: \xff\xfe", b"x-polyserve-tier: nobody", b"x-slo-ttft-ms: nan",
     b"x-slo-tpot-ms: 1e400", b"x-request-id: " + b"i" * 300, b"x-long: " + b"y" * 9_000, b"host: a\r\nhost: b",
-    b"content-type: multipart/form-data", b"accept-encoding: gzip", b"traceparent: 00-zz", b"authorization: Bearer \x80",
+    b"content-type: multipart/form-data", b"accept-encoding: gzip", b"traceparent: 00-zz",
+    b"authorization: Bearer \x80",
 )  # fmt: skip
-VALUES = (
+VALUES: tuple[Any, ...] = (
     None,
     True,
     -1,
@@ -50,7 +51,8 @@ VALUES = (
     [2**70],
     "1" * 99,
 )
-FIELDS = ("model", "messages", "prompt", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens", "tools",
+FIELDS = ("model", "messages", "prompt", "stream", "stream_options", "n", "max_tokens", "tools",
+          "max_completion_tokens",
           "service_tier", "nvext", "vllm_xargs", "logprobs", "stop", "seed", "user", "priority", "")  # fmt: skip
 
 
@@ -137,7 +139,7 @@ async def say(live: Live, random: Random) -> bytes:
         writer.transport.abort()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 async def test_nothing_that_a_client_may_send_breaks_the_edge(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     engine = FakeEngine(tokens=3)
     bounds = {"probe_s": 0.05, "shutdown_s": 1, "body_mib": 0.5, "head_kib": 8}

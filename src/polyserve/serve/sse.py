@@ -62,6 +62,10 @@ class EventScanner:
     def feed(self, data: bytes) -> bytes:
         """The whole events that `data` completes, as they are to be passed on; raises `NotAStreamError`."""
         if self._tail:
+            if b"\n" not in data:  # which ends no event: a long one is not looked through again for every piece
+                self._tail += data
+                self._bound_tail()
+                return b""
             data = self._tail + data
             self._tail = b""
         if (
@@ -80,9 +84,12 @@ class EventScanner:
         if not self._begun and b"\r\n\r\n" in data:
             self._separator = b"\r\n\r\n"
         *whole, self._tail = data.split(self._separator)
+        self._bound_tail()
+        return b"".join([event + self._separator for event in whole if self._keep(event)])
+
+    def _bound_tail(self) -> None:
         if len(self._tail) > LONGEST_EVENT:
             raise NotAStreamError("an event without an end")
-        return b"".join([event + self._separator for event in whole if self._keep(event)])
 
     def _keep(self, event: bytes) -> bool:
         """Count one event; whether it is passed on."""

@@ -27,6 +27,8 @@ Listener = Callable[[int, bytes], None]  # (status, a piece of the body)
 KEEP_ALIVE_S = 4.0
 # An answer whose reader is this far behind is read no further until the reader has caught up.
 HIGH_WATER = 256 * 1024
+# Of an answer's status line and headers, those of interim answers (1xx) included.
+LONGEST_HEAD = 256 * 1024
 
 
 class ConnectError(OSError):
@@ -150,6 +152,7 @@ class _Connection(asyncio.Protocol):
         self._answer: Answer | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._status = 0
+        self._head_bytes = 0
 
     @property
     def open(self) -> bool:
@@ -159,6 +162,7 @@ class _Connection(asyncio.Protocol):
         """Send a request; its answer has neither status nor headers yet."""
         assert self.transport is not None, "connected"
         self._answer = answer = Answer(self, listener)
+        self._head_bytes = 0
         self._parser = httptools.HttpResponseParser(self)
         if len(body) < HIGH_WATER:
             self.transport.write(head + body)
@@ -190,6 +194,12 @@ class _Connection(asyncio.Protocol):
         if answer is None:  # nobody asked
             self.abort()
             return
+        if not answer.status:
+            self._head_bytes += len(data)
+            if self._head_bytes > LONGEST_HEAD:
+                answer.fail(ConnectionError(f"its head is larger than {LONGEST_HEAD} bytes"))
+                self.abort()
+                return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
