@@ -104,7 +104,7 @@ class Exchange:
                 if await self._attempt(fleet.get(decision.instance), decision):
                     return
             except StreamFailedError as error:
-                has = self._begun.tokens if self._begun else 0
+                has = self._begun.tokens if self._begun and self._begun.left(self.ask) != 0 else 0
                 failures, had = 1 if has > had else failures + 1, has  # who gets on may fail as often as it takes
                 log.info("request %s on %s: %s", self.ticket.request.id, decision.instance, error)
                 if error.final or failures >= bounds.attempts:
