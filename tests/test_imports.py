@@ -38,7 +38,7 @@ CORE = (
     ("chunking",),
     ("plain", "bound", "lengths"),
     ("fleet",),
-    ("pending",),
+    ("pending", "breaker"),
     ("forecast", "admission", "scaling", "retiering"),
     ("routing", "autoscaling", "latency"),
     ("baselines",),

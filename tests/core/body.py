@@ -43,12 +43,16 @@ from polyserve.core.types import (
     Refuse,
     Request,
     RequestId,
+    Restarted,
+    Resume,
     Role,
     SetPace,
     SetRole,
+    Silent,
     Slo,
     Start,
     Stop,
+    Suspend,
     Tick,
     Tier,
     to_microsecond,
@@ -124,6 +128,7 @@ class Body:
     def send(self, event: Event) -> list[Action]:
         """Step at the present time, carry out what is answered, and look over the controller."""
         table = self.controller._lengths.table if self.streams else None
+        self._event = event
         actions = self.controller.step(self.now, event)
         for action in actions:
             self._carry_out(action)
@@ -168,6 +173,16 @@ class Body:
                 stream.fate, stream.instance = Fate.WAITS, None
                 stream.source = None if stream.source == id else stream.source
         return self.send(Lost(self.now, id))
+
+    def silent(self, id: InstanceId, since: float) -> list[Action]:
+        return self.send(Silent(self.now, id, since))
+
+    def restart(self, id: InstanceId) -> list[Action]:
+        """Another process answers there, and nothing of what was on it."""
+        lost = tuple(stream.id for stream in self.on(id))
+        for name in lost:
+            self.streams[name].fate, self.streams[name].instance = Fate.WAITS, None
+        return self.send(Restarted(self.now, id, lost))
 
     def drain(self, id: InstanceId) -> list[Action]:
         return self.send(DrainAsked(self.now, id))
@@ -258,7 +273,8 @@ class Body:
                 stream = self.streams[action.request]
                 if stream.source != action.instance:
                     assert (stream.fate, stream.instance) == (Fate.RUNS, action.instance)
-                    assert stream.request.slo is None, "only best effort is evicted"
+                    hangs = isinstance(self._event, Silent) and self._event.instance == action.instance
+                    assert hangs or stream.request.slo is None, "only best effort is evicted"
                 stream.fate, stream.instance, stream.source = Fate.WAITS, None, None
             case Start():
                 assert action.instance not in self.lives, "a name is used again"
@@ -278,6 +294,10 @@ class Body:
                 assert not self.holds(action.instance), "a role changes on an empty instance"
                 assert self.lives[action.instance] in (Life.READY, Life.JOINED)
                 self.roles[action.instance] = action.role
+            case Suspend():
+                assert action.until > self.now
+            case Resume():
+                assert self.lives[action.instance] is Life.READY
             case SetPace():
                 assert action.instance in self.lives
                 assert action.pace_s > 0
@@ -329,7 +349,10 @@ class Body:
             assert stream.instance in controller.fleet.books
 
     def _look_at(self, id: InstanceId, books: Books) -> None:
-        lives = {"starting": Life.JOINED, "ready": Life.READY, "turning": Life.READY, "draining": Life.DRAINING}
+        lives = {
+            "starting": Life.JOINED, "ready": Life.READY, "resting": Life.READY, "turning": Life.READY,
+            "draining": Life.DRAINING,
+        }  # fmt: skip
         assert lives[books.state] is self.lives[id]
         promised = [job.id for job in books.jobs.values() if job.partner == id]
         ids = [*(stream.id for stream in self.on(id)), *promised]

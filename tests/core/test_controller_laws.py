@@ -213,6 +213,16 @@ class Anything(RuleBasedStateMachine):
     def drain(self, which: int) -> None:
         self.body.drain(self.some(which, Life.JOINED, Life.READY, Life.DRAINING))
 
+    @precondition(lambda self: self.body.lives and not self.body.split)
+    @rule(which=picks, seconds=st.sampled_from([0.1, 4.0, 20.0, 600.0]))
+    def fall_silent(self, which: int, seconds: float) -> None:
+        self.body.silent(self.some(which), max(self.body.now - seconds, 0.0))
+
+    @precondition(lambda self: self.alive(Life.READY, Life.DRAINING) > 0 and not self.body.split)
+    @rule(which=picks)
+    def restart(self, which: int) -> None:
+        self.body.restart(self.some(which, Life.READY, Life.DRAINING))
+
     @precondition(lambda self: self.body.lives)
     @rule(which=picks, running=st.integers(0, 9))
     def report(self, which: int, running: int) -> None:

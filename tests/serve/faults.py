@@ -283,7 +283,7 @@ def _plan(random: Random, engines: list[MemoryEngine]) -> Plan:
         [engine.url for engine in engines],
         tiers=TIERS,
         settings=settings,
-        limits={"probe_s": 0.5, "silence_s": random.choice((5, 30)), "connect_s": 1, "attempts": ATTEMPTS},
+        limits={"probe_s": 0.5, "silence_s": random.choice((5, 30, 300)), "connect_s": 1, "attempts": ATTEMPTS},
         seed=random.randint(0, 1000),
     )
 
@@ -318,14 +318,14 @@ def _client(random: Random, name: str) -> Client:
 
 
 TOOL = {"type": "function", "function": {"name": "f"}}
-FAULTS = ("kill", "restart", "freeze", "stuck", "slow", "5xx", "garbage", "drain", "remove")
+FAULTS = ("kill", "restart", "freeze", "stuck", "slow", "5xx", "garbage", "drain", "remove", "replaced")
 
 
 def _draw_faults(run: Run, random: Random, engine: MemoryEngine, gateway: Gateway) -> None:
     loop = asyncio.get_running_loop()
     for _ in range(random.choice((0, 1, 1, 2, 3))):
         kind = random.choice(FAULTS)
-        at_s, for_s = random.uniform(0.0, BEGINS_S), random.choice((0.05, 0.5, 2.0, 8.0, 20.0))
+        at_s, for_s = random.uniform(0.0, BEGINS_S), random.choice((0.05, 0.5, 2.0, 8.0, 20.0, 100.0))
         run.faults[kind] += 1
 
         loop.call_later(at_s, _befall, run, kind, for_s, Random(random.random()), engine, gateway)
@@ -340,6 +340,9 @@ def _befall(run: Run, kind: str, for_s: float, random: Random, engine: MemoryEng
             loop.call_later(for_s, _start, engine)
         case "restart":
             engine.kill()
+            engine.start()
+        case "replaced":  # behind a proxy that keeps the connections open
+            engine.streams.clear()
             engine.start()
         case "freeze":
             engine.freeze()

@@ -18,6 +18,7 @@ import numpy as np
 from polyserve.core.admission import Admission
 from polyserve.core.autoscaling import Autoscaler, autoscaler
 from polyserve.core.baselines import Given, router
+from polyserve.core.breaker import Breakers
 from polyserve.core.disaggregation import SplitScaler, relay
 from polyserve.core.fleet import Books, Fleet, Job, SplitFleet, State
 from polyserve.core.forecast import Forecast, Forecaster, compile_kernels
@@ -60,12 +61,16 @@ from polyserve.core.types import (
     Reported,
     Request,
     RequestId,
+    Restarted,
+    Resume,
     Role,
     SetPace,
     SetRole,
+    Silent,
     Slo,
     Start,
     Stop,
+    Suspend,
     Tick,
     Tier,
     TierName,
@@ -132,6 +137,8 @@ class Controller:
                     books.recompute(event.request)
             case Broken():
                 self._broken(event)
+            case Silent():
+                self._silent(event)
             case Reported():
                 self._reported(event)
             case Joined():
@@ -140,6 +147,8 @@ class Controller:
                 self._ready(event.instance)
             case Lost():
                 self._lost(event.instance)
+            case Restarted():
+                self._restarted(event)
             case Failed():
                 self._failed(event.instance)
             case DrainAsked():
@@ -179,6 +188,7 @@ class Controller:
         split = self._settings.disaggregated
         names = [tier.name for tier in self._tiers]
         self._fleet: Fleet = SplitFleet(names) if split else Fleet(names)
+        self._breakers = Breakers(self._settings, self._fleet)
         self._admission = Admission(self._settings, self._tiers, self._profiles, self._lengths)
         self._pending = Pending([tier.name for tier in self._tiers])
         self._demand = Demand(self._tiers, self._settings.length_prior_tokens, self._lengths if split else None)
@@ -344,6 +354,7 @@ class Controller:
         job.seen = job.made
         books.add(job, self._now)
         books.empty_looks = 0
+        self._breakers.dispatched(books, job.id)
         if job.tier is not None:
             self._demand.admitted(job.tier)
         first_at = placement.forecast.first_token_at if placement.forecast else math.inf
@@ -384,6 +395,7 @@ class Controller:
         on = self._fleet.get(job.instance or "")
         assert on is not None, f"{request} is nowhere"
         on.remove(request)
+        self._breakers.left(on, request)
         for left in (on, self._part(job)):
             if left is not None and left is not books:
                 self._empty_out(left)
@@ -407,6 +419,8 @@ class Controller:
             return
         for placement in self._router.refill(self._now, books, self._pending):
             self._carry_out(placement)
+            if books.state is not State.READY:  # it was to be tried with one
+                return
 
     def _vacated(self, books: Books) -> None:
         """A resident has left."""
@@ -448,6 +462,7 @@ class Controller:
         books, job = self._resident(event.instance, event.request)
         if books is None or job is None:
             return
+        self._proved(books, job.id, whole=False)
         if books.role is Role.PREFILL and job.link is not None:
             self._computed(books, job, event.at)
         else:
@@ -464,6 +479,7 @@ class Controller:
         books, job = self._resident(event.instance, event.request)
         if books is None or job is None:
             return
+        self._proved(books, job.id, whole=True)
         books.remove(event.request)
         other = self._part(job)
         self._lengths.ended(job.length_row, event.output_tokens)
@@ -496,6 +512,7 @@ class Controller:
                 continue
             books.remove(request)
             self._quotas.ended(self._now, request, job.seen)
+            self._breakers.left(books, request)
             other = self._part(job)
             self._actions.append(Cancel(request, books.id))
             self._vacated(books)
@@ -516,6 +533,10 @@ class Controller:
             other = self._part(job)
         job.seen = max(event.tokens, job.made)
         job.avoid.add(event.instance)
+        if books is not None and not event.fault:
+            self._breakers.left(books, job.id)
+        elif books is not None and self._breakers.failed(books, job.id):
+            self._rest(books)
         self._replace(job)
         for left in (books, other):
             if left is not None:
@@ -535,6 +556,59 @@ class Controller:
         self._explain(job, placement)
         if placement is not None:
             self._carry_out(placement)
+
+    def _silent(self, event: Silent) -> None:
+        """Take everybody off an instance that hangs."""
+        books = self._fleet.get(event.instance)
+        if books is None or not self._breakers.hangs(books, event.since, self._now):
+            return
+        self._rest(books)
+        jobs = [job for job in books.jobs.values() if job.instance == books.id]
+        for job in jobs:
+            books.remove(job.id)
+            job.avoid.add(books.id)
+            self._actions.append(Evict(job.id, books.id))
+        self._replace_all(jobs)
+        self._vacated(books)
+
+    def _replace_all(self, jobs: list[Job]) -> None:
+        """Find new places for jobs that lost theirs together."""
+        for job in jobs:
+            other = self._part(job)
+            self._replace(job)
+            if other is not None:
+                self._vacated(other)
+
+    def _rest(self, books: Books) -> None:
+        """Give an instance no new requests for a while."""
+        self._actions.append(Suspend(books.id, self._breakers.rest(books, self._now)))
+
+    def _proved(self, books: Books, request: RequestId, whole: bool) -> None:
+        """Something has come of an instance; the end of its trial, where it was on one."""
+        if self._breakers.succeeded(books, request, whole, self._now) and books.state is State.RESTING:
+            books.state = State.READY
+            self._actions.append(Resume(books.id))
+            self._refill(books)
+
+    def _try_the_rested(self) -> None:
+        """Slow instances rest; those that have rested are tried."""
+        for books in self._breakers.slow():
+            self._rest(books)
+        for books in self._breakers.rested(self._now):
+            self._refill(books)
+
+    def _forgive(self) -> None:
+        """A job that avoids an instance, and has found no other for a while, takes what there is."""
+        limit = self._now - AVOIDED_S
+        queued = [queue.named(name) for queue in self._pending.queues.values() for name in queue.wary]
+        wary = [*queued, *(job for job in self._pending.best_effort.values() if job.avoid)]
+        for job in [job for job in wary if job.pending_since < limit]:
+            since, _ = job.pending_since, self._pending.remove(job.id)
+            job.avoid.clear()
+            self._pending.push(job, since)
+            placement = self._router.place(self._now, job)
+            if placement is not None:
+                self._carry_out(placement)
 
     def _reported(self, event: Reported) -> None:
         books = self._fleet.get(event.instance)
@@ -667,10 +741,13 @@ class Controller:
         if books is None or books.state is not State.STARTING:
             return
         self._failures = 0
-        books.state = State.READY
+        resting_until = self._breakers.resting(instance, self._now)
+        books.state = State.READY if resting_until is None else State.RESTING
         books.since = self._now
         books.pace_s = math.inf
         self._repace(books)
+        if resting_until is not None:
+            self._actions.append(Suspend(instance, resting_until))
         self._refill(books)
 
     def _lost(self, instance: InstanceId) -> None:
@@ -678,6 +755,10 @@ class Controller:
         self._starting.pop(instance, None)
         if books is None:
             return
+        if books.state is State.DRAINING:  # it was to go when it is empty
+            self._actions.append(Stop(instance))
+        elif books.state is not State.STARTING:
+            self._breakers.lost(books, self._now)
         for job in list(books.jobs.values()):
             books.remove(job.id)
             if job.instance != instance:
@@ -692,6 +773,21 @@ class Controller:
                 self._vacated(other)
         for job in list(books.parting.values()):
             self._kv_lost(job)
+
+    def _restarted(self, event: Restarted) -> None:
+        """Its process is another one: what was on it is lost, and it may well be placed there again."""
+        books = self._fleet.get(event.instance)
+        if books is None:
+            return
+        books.restarted()
+        jobs = [books.jobs[name] for name in event.lost if name in books.jobs]
+        for job in jobs:
+            books.remove(job.id)
+        self._breakers.lost(books, self._now)
+        if books.state is State.RESTING and (until := self._breakers.resting(books.id, self._now)) is not None:
+            self._actions.append(Suspend(books.id, until))
+        self._replace_all(jobs)
+        self._vacated(books)
 
     def _failed(self, instance: InstanceId) -> None:
         self._starting.pop(instance, None)
@@ -711,6 +807,7 @@ class Controller:
     def _stop_if_drained(self, books: Books) -> None:
         if books.empty:
             self._fleet.remove(books.id)
+            self._breakers.forget(books.id)
             self._actions.append(Stop(books.id))
 
     # ------------------------------------------------------------------------------------------------ being late
@@ -786,6 +883,8 @@ class Controller:
         self._time_out_queues()
         self._age_best_effort()
         self._time_out_starts()
+        self._forgive()
+        self._try_the_rested()
         for books in self._fleet.ready():
             if not books.jobs:  # nothing will happen on it that could bring anybody in
                 self._refill(books)
@@ -865,5 +964,6 @@ class Controller:
                 self._pending.push(aged, self._now)
 
 
+AVOIDED_S = 3.0  # a job that waits longer goes back to an instance that broke it, rather than nowhere
 DRAIN_MEMORY_S = 5.0  # over which the rate of a queue's drain is taken
 LENGTHS_EVERY_S = 2.0  # the table costs about 2 ms

@@ -73,6 +73,7 @@ class State(StrEnum):
 
     STARTING = "starting"
     READY = "ready"
+    RESTING = "resting"  # it failed, and gets no new requests for a while
     TURNING = "turning"  # to change its role as soon as it is empty
     DRAINING = "draining"
 
@@ -468,6 +469,33 @@ class Books:
         # Deadlines sum many iterations, whose errors partly cancel: a tenth of the single spread remains at 100.
         spread = self._settings.safety_sigma * 0.1 * self.correction.spread
         self._inst[I_SCALE] = self.correction.ratio * (1.0 + spread)
+
+    def next_token_s(self) -> tuple[float, float]:
+        """Believed seconds of an iteration, and of the prompts that come before any token where nobody decodes."""
+        if not self._ids:
+            return self.profile.iteration_s(0, 1, 0, 0), 0.0
+        decodes, kv, _, left = self.tally()
+        chunk = min(left, max(self.law.tokens - decodes, 0))
+        iteration_s = self.profile.iteration_s(chunk, decodes, kv, 0.5 * chunk * chunk) * self.correction.ratio
+        queued = self.rows[:, R_LEFT] > 0.0
+        if not queued.all():
+            return iteration_s, 0.0
+        prompts = float(self.rows[queued, R_PROMPT].sum())
+        chunk = min(prompts, max(self.law.tokens, 1))
+        return iteration_s, math.ceil(prompts / chunk) * self.profile.iteration_s(chunk, 0, 0, 0.5 * chunk * chunk)
+
+    def restarted(self) -> None:
+        """Its process was replaced: nothing that was learned of it holds."""
+        self.unlearn()
+        self.foreign = 0
+        self.reported_at = -math.inf
+        self._inst[I_ENDS] = -1.0
+
+    def unlearn(self) -> None:
+        """Believe the profile again: what the instance was says nothing of what it will be."""
+        self.correction = Correction()
+        self._inst[I_SCALE] = 1.0
+        self._touch()
 
     def _touch(self) -> None:
         self._inst[I_COUNT] = len(self._ids)

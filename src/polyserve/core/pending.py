@@ -72,6 +72,10 @@ class Queue:
         """The job at a place of the order, from 0."""
         return self._by_id[self._entries[at][-1]]
 
+    def named(self, request: RequestId) -> Job:
+        """The job of that name."""
+        return self._by_id[request]
+
     def head(self, count: int) -> list[Job]:
         """The first `count` jobs."""
         return [self._by_id[entry[-1]] for entry in self._entries[:count]]

@@ -62,6 +62,13 @@ class Settings:
     queue_limit: int = 0  # pending requests per tier; 0: no bound
     queue_timeout_s: float = 0.0  # longest wait of a pending request; 0: no bound
 
+    # Instances that fail (`breaker.py`).
+    breaker_errors: float = 0.5  # share of an instance's latest requests that failed, from which it rests; 0: never
+    breaker_slowness: float = 2.5  # times slower than the median of the fleet, from which it rests; 0: never
+    breaker_s: float = 1.0  # the first rest; each further one is twice as long, up to a minute
+    hang_iterations: float = 50.0  # iterations without a byte after which an instance hangs; 0: never
+    hang_s: float = 5.0  # but never sooner than this
+
     # The budget.
     max_instances: int = 0  # 0: the instances that joined, none started or stopped
     min_instances: int = 0

@@ -245,6 +245,16 @@ class Broken:
     request: RequestId
     instance: InstanceId
     tokens: int = 0
+    fault: bool = True  # the instance's; False: it could not do this, and is sound
+
+
+@dataclass(frozen=True, slots=True)
+class Silent:
+    """An instance that owes tokens to streams which are read has sent nothing `since` then."""
+
+    at: float
+    instance: InstanceId
+    since: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +286,15 @@ class Lost:
 
     at: float
     instance: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class Restarted:
+    """Another process answers at an instance's address: requests `lost` were on the one before."""
+
+    at: float
+    instance: InstanceId
+    lost: tuple[RequestId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,10 +333,12 @@ Event = (
     | Finished
     | Preempted
     | Broken
+    | Silent
     | Failed
     | Joined
     | Ready
     | Lost
+    | Restarted
     | DrainAsked
     | Reported
     | Tick
@@ -392,8 +413,9 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Take a best-effort request off its instance; it waits in the core with the tokens it has.
+    """Take a request off its instance; it waits in the core with the tokens it has.
 
+    A best-effort request that makes room, or any whose instance hangs.
     In PD also a request whose prompt is computed and whom nobody can answer: its KV is given up.
     """
 
@@ -421,6 +443,21 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Suspend:
+    """Informs: the instance gets no new requests until then, and one to try it after."""
+
+    instance: InstanceId
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Informs: the instance is sound again."""
+
+    instance: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
 class Assign:
     """Informs: the instance now serves `tier`; None puts it into the pool."""
 
@@ -444,4 +481,6 @@ class SetPace:
     pace_s: float
 
 
-Action = Dispatch | HandOver | Refuse | Cancel | Evict | Start | Drain | Stop | Assign | SetRole | SetPace
+Action = (
+    Dispatch | HandOver | Refuse | Cancel | Evict | Start | Drain | Stop | Suspend | Resume | Assign | SetRole | SetPace
+)

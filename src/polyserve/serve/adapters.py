@@ -27,6 +27,8 @@ LAST_PRIORITY = 2**31 - 1
 # id, and whose KV is fetched from where.
 NOT_FOR_CLIENTS = ("nvext", "vllm_xargs", "priority", "request_id", "rid", "data_parallel_rank", "kv_transfer_params",
                    "bootstrap_host", "bootstrap_port", "bootstrap_room")  # fmt: skip
+# What a process's start time may seem to move by.
+CLOCK_STEP_S = 0.5
 
 # The engine is gone, or answers what no engine would.
 UNREACHABLE = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError)
@@ -80,6 +82,14 @@ class Load:
     waiting: int
     kv_share: float | None = None  # of its KV room that is in use
     kv_capacity_tokens: int | None = None
+    work: float = 0.0  # tokens computed since its process began, prompts included; 0 where it does not say
+    started_at: float | None = None  # when that was, on the engine's clock
+
+    def restarted_since(self, earlier: Load) -> bool:
+        """Whether another process answers than at an earlier look."""
+        if self.started_at is not None and earlier.started_at is not None:
+            return abs(self.started_at - earlier.started_at) > CLOCK_STEP_S
+        return self.work < earlier.work
 
 
 class OpenAIEngine:
@@ -95,6 +105,7 @@ class OpenAIEngine:
         self.url = url.rstrip("/")
         self.send_priority = send_priority
         self.headers = credentials(api_key)
+        self.refused = False  # at the latest look nobody listened
 
     def __repr__(self) -> str:
         return f"<{self.kind} engine at {self.url}>"
@@ -103,9 +114,13 @@ class OpenAIEngine:
         """Whether the engine answers and says that it can serve."""
         try:
             async with self.session.get(f"{self.url}/health", headers=self.headers, timeout=PROBE_TIMEOUT) as answer:
+                self.refused = False
                 # A plain OpenAI server may not know the path; that it answers is enough.
                 return answer.status < 500
-        except UNREACHABLE:
+        except UNREACHABLE as error:
+            self.refused = isinstance(error, aiohttp.ClientConnectorError) and isinstance(
+                error.os_error, ConnectionRefusedError
+            )
             return False
 
     async def models(self) -> list[str]:
@@ -266,6 +281,8 @@ def parsed_metrics(text: str) -> Load | None:
         waiting=int(sum(waiting)),
         kv_share=sum(shares) / len(shares) if shares else None,
         kv_capacity_tokens=_kv_capacity(text),
+        work=sum(_samples(text, "vllm:generation_tokens_total")) + sum(_samples(text, "vllm:prompt_tokens_total")),
+        started_at=max(_samples(text, "process_start_time_seconds"), default=None),
     )
 
 

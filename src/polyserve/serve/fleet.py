@@ -25,6 +25,7 @@ from polyserve.core.types import (
     Ready,
     Reported,
     RequestId,
+    Restarted,
     TierName,
     to_microsecond,
 )
@@ -47,7 +48,7 @@ from polyserve.serve.wire import Wire
 
 log = logging.getLogger(__name__)
 
-State = Literal["unreachable", "starting", "ready", "draining"]
+State = Literal["unreachable", "starting", "ready", "resting", "draining"]
 
 # Probes in a row that fail before an engine counts as lost: a busy API server may miss one or two.
 PROBES_TO_LOSE = 3
@@ -92,6 +93,7 @@ class Node:
         self.load: Load | None = None
         self.load_at = float("-inf")
         self.moved_at = float("-inf")  # when the latest token arrived
+        self.worked_at = float("-inf")  # when its counters were last seen to have gone up
         self.tickets: dict[RequestId, Ticket] = {}
         self.progress = ProgressCollector(spec.id)
         self.tokens_per_event = 1.0
@@ -118,6 +120,13 @@ class Node:
         """Telemetry that has fallen silent while tokens come no longer stands in for them."""
         if self.tells and self.moved_at > self._told_at + TELLS_S:
             self.tells = False
+
+    def silent_since(self) -> float | None:
+        """Since when nothing has come of it, though somebody reads; None: nobody waits for anything."""
+        boarded = [ticket.boarded_at for ticket in self.tickets.values() if not (ticket.sending or ticket.mute)]
+        if not boarded or self.instance is None:
+            return None
+        return max(min(boarded), self.moved_at, self.worked_at, self._told_at)
 
     def forget(self, request: RequestId) -> None:
         self.tickets.pop(request, None)
@@ -155,7 +164,11 @@ class Node:
     def lose(self) -> None:
         """It has gone, and everything on it."""
         if self.instance is not None:
-            self._driver.post(Lost(self._driver.now(), self.id))
+            now = self._driver.now()
+            if tokens := {name: ticket.tokens for name, ticket in self.tickets.items() if ticket.tokens}:
+                self._driver.post(Progressed(now, self.id, tokens))
+            self._driver.post(Lost(now, self.id))
+        self.load = None
         self.instance, self.engine, self.state, self._pace_told = None, None, "unreachable", None
         self.tier = None
         for ticket in list(self.tickets.values()):
@@ -196,7 +209,9 @@ class Node:
                 await self._ask_load()
             else:
                 failures += 1
-                if failures >= PROBES_TO_LOSE or self._refused:
+                # One that ends in order listens no more, and brings its streams to their end.
+                ends = bool(self.tickets) and self._driver.now() - self.moved_at < ALIVE_S
+                if not ends and (failures >= PROBES_TO_LOSE or self._refused or self.engine.refused):
                     log.warning("instance %s: %s is lost; it is tried again", self.id, self.spec.url)
                     said = SILENT
                     leaves = self.spec.launched or self.state == "draining"
@@ -255,10 +270,43 @@ class Node:
         load = await self.engine.load()
         if load is None or self.instance is None:
             return
+        before, before_at = self.load, self.load_at
         self.load, self.load_at = load, self._driver.now()
+        if before is not None and load.restarted_since(before):
+            await self._restarted(before_at)
+        elif before is not None and load.work > before.work:
+            self.worked_at = self.load_at
+        if self.instance is None:
+            return
         capacity = load.kv_capacity_tokens or self.instance.kv_tokens
         kv = None if load.kv_share is None or capacity is None else round(load.kv_share * capacity)
         self._driver.post(Reported(self.load_at, self.id, load.running, load.waiting, kv))
+
+    async def _restarted(self, last_seen_at: float) -> None:
+        """Another process answers at its address: what was sent to the one before is lost."""
+        assert self.engine is not None
+        log.warning("instance %s: %s was restarted", self.id, self.spec.url)
+        try:
+            instance = _instance(self.spec, self.engine, await self.engine.facts())
+        except UNREACHABLE:
+            instance = None
+        if self.instance is None:
+            return
+        if instance != self.instance:  # it is another engine, too: it joins anew at the next look
+            self.lose()
+            self.suspect()
+            return
+        # Who boarded since may be on either process. Connections to the first one break by themselves.
+        lost = [ticket for ticket in self.tickets.values() if ticket.boarded_at <= last_seen_at]
+        now = self._driver.now()
+        if tokens := {ticket.request.id: ticket.tokens for ticket in lost if ticket.tokens}:
+            self._driver.post(Progressed(now, self.id, tokens))
+        self._driver.post(Restarted(now, self.id, tuple(ticket.request.id for ticket in lost)))
+        for ticket in lost:
+            ticket.interrupt("lost")
+        self.wire.close()
+        self._pace_told = None
+        self._spawn(self._tell_pace())
 
     async def _listen(self, engine: OpenAIEngine) -> None:
         """Pass the engine's own telemetry on for as long as it tells any."""
@@ -355,7 +403,7 @@ class Fleet:
     @property
     def ready(self) -> bool:
         """Whether any engine can serve."""
-        return any(node.state == "ready" for node in self)
+        return any(node.state in ("ready", "resting") for node in self)
 
     def report(self, each: Callable[[Progressed], None]) -> None:
         """Pass on what the streams of each node have shown since the last time."""

@@ -34,11 +34,14 @@ from polyserve.core.types import (
     Ready,
     Refuse,
     Request,
+    Resume,
     SetPace,
     SetRole,
+    Silent,
     Slo,
     Start,
     Stop,
+    Suspend,
     Tier,
 )
 from polyserve.progress import REPORT_EVERY_S
@@ -58,7 +61,8 @@ from polyserve.serve.tokens import PromptCounter, tokenizer
 
 log = logging.getLogger(__name__)
 
-SILENCE_LOOK_S = 5.0
+# A silence that the brain is told of; it says from when on an instance hangs.
+SILENCE_LOOK_S = 1.0
 
 
 class Gateway:
@@ -169,7 +173,7 @@ class Gateway:
                 self._spawn(self._start(action.instance))
             case Stop():
                 self._spawn(self._stop(action.instance))
-            case Drain() | Assign() | SetPace():
+            case Drain() | Suspend() | Resume() | Assign() | SetPace():
                 self._tell_node(action)
             case HandOver() | SetRole():
                 raise AssertionError("the configuration has no PD")
@@ -187,13 +191,19 @@ class Gateway:
         else:
             ticket.answer(action)
 
-    def _tell_node(self, action: Drain | Assign | SetPace) -> None:
+    def _tell_node(self, action: Drain | Suspend | Resume | Assign | SetPace) -> None:
         node = self.fleet.get(action.instance)
         if node is None:
             return
         match action:
             case Drain():
                 node.state = "draining"
+            case Suspend():
+                log.warning("instance %s: rests until %.3f on the brain's clock", node.id, action.until)
+                node.state = "resting" if node.state == "ready" else node.state
+            case Resume():
+                log.info("instance %s: is sound again", node.id)
+                node.state = "ready" if node.state == "resting" else node.state
             case Assign():
                 node.tier = action.tier
             case SetPace():
@@ -248,8 +258,10 @@ class Gateway:
             await asyncio.sleep(min(SILENCE_LOOK_S, bound_s))
             now = self.driver.now()
             for node in self.fleet:
+                if (since := node.silent_since()) is not None and now - since >= SILENCE_LOOK_S:
+                    self.driver.post(Silent(now, node.id, since))
                 for ticket in list(node.tickets.values()):
-                    if now - ticket.last_at > bound_s and not ticket.unread:
+                    if now - ticket.last_at > bound_s and not (ticket.sending or ticket.unread):
                         ticket.interrupt("silent")
 
 

@@ -75,6 +75,7 @@ class Ticket:
         self.continuations = 0  # streams that went on where another one broke
         self.queue_s: float | None = None  # from arrival to the first dispatch
         self.gone = False  # the client has left
+        self.mute = False  # nothing comes of it before its end
         self.sending = False  # the client is being sent something, and takes its time
         self.reading: Answer | None = None  # what the present stream comes from
         self._inflight = inflight
@@ -234,14 +235,14 @@ class Ticket:
             self.first_at = now
         self._driver.post(FirstToken(now, self.request.id, node.id))
 
-    def broke(self, tokens: int) -> None:
+    def broke(self, tokens: int, fault: bool = True) -> None:
         """The stream ended before its end; the brain decides where it goes on.
 
-        `tokens` need not be made again, in all: the client has them, or will get them.
+        `tokens` need not be made again, in all: the client has them, or will get them. `fault`: the engine's.
         """
         node = self.node
         assert node is not None, "what breaks is a stream from an engine"
-        self._driver.post(Broken(self._driver.now(), self.request.id, node.id, tokens))
+        self._driver.post(Broken(self._driver.now(), self.request.id, node.id, tokens, fault))
         self.alight()
 
     def complete(self) -> None:
@@ -251,7 +252,7 @@ class Ticket:
 
     def broke_off(self, dispatch: Dispatch) -> None:
         """The request could not be given to the instance."""
-        self._driver.post(Broken(self._driver.now(), self.request.id, dispatch.instance, dispatch.resume_from))
+        self._driver.post(Broken(self._driver.now(), self.request.id, dispatch.instance, dispatch.resume_from, False))
 
     def close(self) -> None:
         """Forget the request; if the brain does not know of its end yet, it is told that nobody waits for it."""

@@ -49,16 +49,20 @@ WORTH_ANOTHER = frozenset((401, 403, 407, 408, 425, 429))
 class StreamFailedError(Exception):
     """The engine did not bring the answer to its end.
 
-    `refused`: nobody listens at its address; `final`: no other could either, since the client has its beginning.
-    `detail` is the engine's own words and addresses: for the log, never for clients.
+    `refused`: nobody listens at its address; `final`: no other could either, since the client has its beginning;
+    not `fault`: it was asked for what it does not know. `detail` is the engine's own words and addresses: for the log,
+    never for clients.
     """
 
-    def __init__(self, message: str, detail: str = "", refused: bool = False, final: bool = False) -> None:
+    def __init__(
+        self, message: str, detail: str = "", refused: bool = False, final: bool = False, fault: bool = True
+    ) -> None:
         super().__init__(f"{message}: {detail}" if detail else message)
         self.told = message
         self.detail = detail
         self.refused = refused
         self.final = final
+        self.fault = fault
 
 
 class Exchange:
@@ -130,6 +134,7 @@ class Exchange:
             ticket.broke_off(dispatch)
             raise StreamFailedError("it cannot go on with an answer that was begun elsewhere")
         begun = self._begun
+        ticket.mute = not self.ask.streamable
         ticket.board(node, begun.tokens if begun else dispatch.resume_from, continues=begun is not None)
         why: Interruption | None = None
         try:
@@ -141,7 +146,8 @@ class Exchange:
                 raise
             problem = StreamFailedError("no token for too long" if why == "silent" else f"its request was {why}")
         except StreamFailedError as error:
-            node.suspect(error.refused)
+            if error.fault:
+                node.suspect(error.refused)
             problem = error
         return await self._broke_off(dispatch, problem, taken=why not in (None, "silent"))
 
@@ -153,7 +159,7 @@ class Exchange:
         if taken:
             self.ticket.alight()
         else:
-            self.ticket.broke(self._begun.tokens if self._begun else 0)
+            self.ticket.broke(self._begun.tokens if self._begun else 0, problem.fault)
         if obstacle:
             raise StreamFailedError(f"{problem.told}; {obstacle}", problem.detail, final=True) from problem
         if taken:
@@ -251,7 +257,7 @@ class Exchange:
             if continuation.prompt_ids(self.ask) is not None:
                 ids = await node.engine.tokenize(node.model, begun.text)
             if ids is None:
-                raise StreamFailedError("it does not say which tokens the answer so far is")
+                raise StreamFailedError("it does not say which tokens the answer so far is", fault=False)
             changes |= continuation.changes(self.ask, begun, ids)
         return rewritten(self.ask.fields, changes) if changes else self.ask.raw
 

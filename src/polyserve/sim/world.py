@@ -45,11 +45,13 @@ from polyserve.core.types import (
     Received,
     Refuse,
     RequestId,
+    Resume,
     Role,
     SetPace,
     SetRole,
     Start,
     Stop,
+    Suspend,
     Tick,
     TierName,
 )
@@ -251,6 +253,8 @@ class World:
                 self._take_off(action.request, action.instance)
             case Start():
                 self.loop.at(self.loop.now, Rank.INSTANCE, self._start, action.instance)
+            case Suspend() | Resume():
+                pass  # they say what the core does by itself
             case Stop() | Assign() | SetRole() | SetPace():
                 # One that died is not there any more, though the core has yet to hear of it.
                 if station := self._stations.get(action.instance):
