@@ -188,6 +188,7 @@ class Config(ModelKeys):
     model: Annotated[str, Field(min_length=1)] | None = None
     models: list[ModelConfig] = []
     listen: Listen = Listen()
+    relays: Annotated[int, Field(ge=0, le=64, strict=True)] = 0
     admin: AdminConfig | None = None
     tenants: list[TenantConfig] = []
     limits: LimitsConfig = LimitsConfig()
@@ -254,6 +255,7 @@ def plan(config: Config, source: str, launch: bool = False) -> Plan:
         admin_keys=config.admin.keys if config.admin is not None else (),
         bounds=_bounds(config.limits),
         watch=config.watch,
+        relays=config.relays,
     )
 
 

@@ -95,9 +95,11 @@ async def supervised(engine: FakeEngine, folder: Path, **values: Any) -> AsyncIt
 
 
 @pytest.mark.live
-async def test_no_request_is_lost_when_one_process_takes_over_from_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("relays", [0, 2])
+async def test_no_request_is_lost_when_one_process_takes_over_from_another(relays: int, tmp_path: Path) -> None:
     engine = FakeEngine(tokens=20, every_s=0.02)
-    async with engine.running(), supervised(engine, tmp_path, journal=str(tmp_path / "steps.jsonl")) as gateway:
+    values = {"journal": str(tmp_path / "steps.jsonl"), "relays": relays}
+    async with engine.running(), supervised(engine, tmp_path, **values) as gateway:
         asked = answered = 0
         over = False
 

@@ -96,7 +96,7 @@ class Gateway:
         self.paces = Paces(self.tiers, plan.service_tiers, plan.default_tier)
         self.estimator = TokenEstimator()
         own = None if plan.tokenizer is None else tokenizer(plan.tokenizer)
-        self.counter = PromptCounter(self.estimator, own, _context_tokens(plan))
+        self.counter = PromptCounter(self.estimator, own, longest_context(plan))
 
     def __repr__(self) -> str:
         return f"<gateway for {self.model}: {self.fleet!r}, {self.inflight!r}>"
@@ -265,7 +265,7 @@ class Gateway:
                         ticket.interrupt("silent")
 
 
-def _context_tokens(plan: ModelPlan) -> int:
+def longest_context(plan: ModelPlan) -> int:
     """The longest context that any instance has, as far as the config says."""
     limits = {name: Profile.from_dict(plain).limits for name, plain in plan.configured.profiles.items()}
     rooms = [(limits[spec.profile], spec.kv_tokens) for spec in plan.engines] or [

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import signal
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -19,9 +18,10 @@ from prometheus_client import generate_latest
 from polyserve.serve import admin
 from polyserve.serve.access import Operators
 from polyserve.serve.app import Front
+from polyserve.serve.doors import Doors, opened
 from polyserve.serve.gateway import Gateway
 from polyserve.serve.handed import Line, Sockets
-from polyserve.serve.listener import GatewayError, Server, bound, make_room
+from polyserve.serve.listener import GatewayError, bound, make_room
 from polyserve.serve.metrics import exposition
 from polyserve.serve.plan import Bounds, Plan, PlanError
 from polyserve.serve.reload import Reloader, Source
@@ -45,6 +45,7 @@ class House:
         shared = plan.admin is not None and plan.admin == plan.listen
         operators = Operators(plan.admin_keys)
         beside = admin.public(self, with_admin=shared, with_metrics=not plan.tenants)
+        self.beside = beside
         self.front = Front(gateways, plan.bounds, beside, plan.tenants, operators if shared else None)
         self.admin = admin.admin(self, operators)
 
@@ -154,46 +155,25 @@ async def serve(plan: Plan, on_ready: Callable[[House, int], None] | None = None
         if line is not None:
             stack.callback(line.close)
             await house.first_engines(FIRST_ENGINES_S)
-        servers = [Server(app, plan.bounds) for app in (house.front, house.admin)[: len(listeners)]]
-        serving = [asyncio.create_task(s.serve([one])) for s, one in zip(servers, listeners, strict=True)]
-        with _signals(house, servers) as stop:
+        doors = await stack.enter_async_context(opened(house, listeners))
+        with _signals(house, doors):
             if line is not None:
-                await _answer_to(line, servers, listeners, plan.bounds.retire_s, stop)
+                line.listen(doors.retire, doors.stop)
+                line.ready(listeners)
             if on_ready is not None:
                 on_ready(house, listeners[0].getsockname()[1])
-            await asyncio.gather(*serving)
+            await doors.closed()
         if house.failure is not None:
             raise GatewayError(f"the controller failed: {house.failure!r}")
 
 
-async def _answer_to(
-    line: Line, servers: list[Server], listeners: list[socket.socket], most_s: float, stop: Callable[[], None]
-) -> None:
-    """Tell the supervisor when this process serves, and retire when it says so."""
-    retiring: list[asyncio.Task[None]] = []
-
-    def retire() -> None:
-        log.info("another process takes over; this one ends after its last stream")
-        retiring.extend(asyncio.create_task(server.retire(most_s)) for server in servers)
-
-    while not all(server.started for server in servers):  # noqa: ASYNC110 - uvicorn has no event for it
-        await asyncio.sleep(0.01)
-    line.listen(retire, stop)
-    line.ready(listeners)
-
-
 @contextlib.contextmanager
-def _signals(house: House, servers: list[Server]) -> Iterator[Callable[[], None]]:
-    """Begin the end at a signal or when the brain fails; a second signal does not wait for streams.
-
-    Gives what begins the end.
-    """
+def _signals(house: House, doors: Doors) -> Iterator[None]:
+    """Begin the end at a signal or when the brain fails; a second signal does not wait for streams."""
 
     def stop() -> None:
         house.refuse_new()
-        for server in servers:
-            server.force_exit = server.should_exit
-            server.should_exit = True
+        doors.stop()
 
     loop = asyncio.get_running_loop()
     reloads: set[asyncio.Task[None]] = set()
@@ -211,7 +191,7 @@ def _signals(house: House, servers: list[Server]) -> Iterator[Callable[[], None]
     for gateway in house.gateways.values():
         gateway.driver.failed.add_done_callback(lambda _: stop())
     try:
-        yield stop
+        yield
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)

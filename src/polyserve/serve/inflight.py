@@ -292,6 +292,15 @@ class Inflight:
         ticket = self._tickets[request.id] = Ticket(request, client_id, self, self._driver)
         return ticket
 
+    def adopt(self, ticket: Ticket) -> bool:
+        """Tell the brain of a request that another process answers; whether there is room for it."""
+        request = ticket.request
+        taken = request.id in self._tickets or len(self._tickets) >= self._most
+        if taken or not self._driver.offer(Arrived(self._driver.now(), request)):
+            return False
+        self._tickets[request.id] = ticket
+        return True
+
     def remove(self, ticket: Ticket) -> bool:
         """Forget a ticket; whether it was still known."""
         return self._tickets.pop(ticket.request.id, None) is not None

@@ -121,6 +121,7 @@ class Plan:
     admin_keys: tuple[str, ...] = field(default=(), repr=False)  # their SHA-256, in hex
     bounds: Bounds = Bounds()
     watch: bool = False  # take in the file again whenever it has changed
+    relays: int = 0  # processes that answer clients for the one that decides; 0: it does so itself
 
     @property
     def sole(self) -> ModelPlan:
