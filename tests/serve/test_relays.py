@@ -20,13 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from live import make_plan, until
 
-from polyserve.core.types import Arrived, Dispatch, Finished, FirstToken, Refuse, Request, Slo
+from polyserve.core.types import Arrived, Dispatch, Finished, FirstToken, Refuse, Request, Slo, Tier
 from polyserve.journal import read_journal
 from polyserve.serve.doors import Doors, opened
 from polyserve.serve.frames import Answered, Engine, Interrupt, Tokens, Unpacker, pack
 from polyserve.serve.gateway import Gateway
 from polyserve.serve.house import House, serve
 from polyserve.serve.plan import Address, EngineSpec
+from polyserve.serve.reload import retier
 
 VALUES = [
     Arrived(1.5, Request("a", 1.25, 7, Slo(0.5, 0.02), 30, 2, "shop")),
@@ -38,7 +39,7 @@ VALUES = [
     Interrupt("a", "evicted"),
     Engine(EngineSpec("e0", "http://127.0.0.1:1", "h200", api_key="k"), "vllm"),
     Tokens("e0", [(1.0, "a", 1, 1), (1.5, "b", 9, 2)]),
-    Answered("a", "ok", None, 1.0, None, 2.0, 5, -math.inf),
+    Answered("a", "ok", None, "lost", 1.0, None, 2.0, 5, -math.inf, 1),
 ]
 
 
@@ -166,6 +167,24 @@ async def test_a_request_of_a_relay_goes_elsewhere_when_its_engine_hangs_up(monk
         answers = await asyncio.gather(*(gateway.ask(number) for number in range(8)))
         assert set(answers) == {"t0 t1 t2 t3 t4 "}
         assert engines[0].seen
+
+
+@pytest.mark.live
+async def test_relays_go_by_tiers_that_were_changed_while_they_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with relayed([FakeEngine()], 1, monkeypatch) as gateway:
+        retier(gateway.gateway, (*gateway.gateway.tiers, Tier("new", 0.04, 0.9)))
+        chat = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+
+        async def tier() -> str | None:
+            asked = gateway.http.post(
+                f"{gateway.url}/v1/chat/completions", json=chat, headers={"x-polyserve-tier": "new"}
+            )
+            async with asked as answer:
+                return answer.headers.get("x-polyserve-tier")
+
+        async with asyncio.timeout(10.0):
+            while await tier() != "new":  # noqa: ASYNC110 - relays follow within moments
+                await asyncio.sleep(0.05)
 
 
 @pytest.mark.live

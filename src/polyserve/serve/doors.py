@@ -7,9 +7,11 @@ import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from polyserve.serve.listener import Server
+from polyserve.serve.plan import Plan
 from polyserve.serve.relays import Relays, socket_path
 
 if TYPE_CHECKING:
@@ -39,8 +41,8 @@ class Doors:
             inner.listen()
             self._beside = Server(house.beside, plan.bounds)
             self._serving.append(asyncio.create_task(self._beside.serve([inner])))
-            self.relays = Relays(plan, list(house.gateways.values()), listeners[0], path)
-            self._serving.append(asyncio.create_task(self._relay(self.relays)))
+            self.relays = Relays(_in_force(house), list(house.gateways.values()), listeners[0], path)
+            self._serving.append(asyncio.create_task(self._relay(self.relays, house)))
             apps, listeners = apps[1:], listeners[1:]
         for app, listener in zip(apps, listeners, strict=True):
             server = Server(app, plan.bounds)
@@ -70,10 +72,19 @@ class Doors:
         """Come back when all have ended."""
         await asyncio.gather(*self._serving)
 
-    async def _relay(self, relays: Relays) -> None:
-        await relays.serve()
+    async def _relay(self, relays: Relays, house: House) -> None:
+        following = asyncio.create_task(relays.follow(lambda: _in_force(house)))
+        try:
+            await relays.serve()
+        finally:
+            following.cancel()
         assert self._beside is not None, "relays have somewhere to ask"
         self._beside.should_exit = True
+
+
+def _in_force(house: House) -> Plan:
+    """The plan that everything goes by now, tiers changed by themselves among it."""
+    return replace(house.plan, models=tuple(gateway.plan for gateway in house.gateways.values()))
 
 
 @contextlib.asynccontextmanager

@@ -41,6 +41,12 @@ class Begin(msgspec.Struct, array_like=True):
     beside: str  # path of the socket where everything else is answered
 
 
+class Planned(msgspec.Struct, array_like=True):
+    """Another plan is in force."""
+
+    plan: bytes
+
+
 class Serving(msgspec.Struct, array_like=True):
     """A relay takes connections from now on."""
 
@@ -85,17 +91,22 @@ class Answered(msgspec.Struct, array_like=True):
     request: RequestId
     outcome: Outcome
     refused_by: str | None
+    code: str | None
     boarded_at: float
     first_at: float | None
     last_at: float
     tokens: int
     lateness_s: float
+    continuations: int
+
+
+SAID = Answered.__struct_fields__[1:]  # of a ticket
 
 
 _KINDS: tuple[type[Any], ...] = (
     *(Arrived, Corrected, Cancelled, FirstToken, Finished, Broken),  # of events, those that relays see
     *(Dispatch, Refuse),
-    *(Begin, Serving, Leave, Engine, Interrupt, Tokens, Suspected, Answered),
+    *(Begin, Planned, Serving, Leave, Engine, Interrupt, Tokens, Suspected, Answered),
 )
 _CODES = {kind: code for code, kind in enumerate(_KINDS)}
 _encode = msgspec.msgpack.Encoder().encode

@@ -53,8 +53,6 @@ class Ticket:
     """One request on its way; made and closed by the task that answers it."""
 
     def __init__(self, request: Request, client_id: bytes, inflight: Inflight, driver: Driver) -> None:
-        task = asyncio.current_task()
-        assert task is not None, "a ticket belongs to a task"
         self.request = request
         self.client_id = client_id  # the request's id as the client knows it
         self.dispatch: Dispatch | None = None  # the latest
@@ -80,7 +78,7 @@ class Ticket:
         self.reading: Answer | None = None  # what the present stream comes from
         self._inflight = inflight
         self._driver = driver
-        self._task = task
+        self._task = self._owner()
         self._decision: Dispatch | Refuse | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._interruption: Interruption | None = None
@@ -94,6 +92,11 @@ class Ticket:
 
     def __repr__(self) -> str:
         return f"<ticket {self.request.id} on {self.node}, {self.tokens} tokens, {self.outcome or 'open'}>"
+
+    def _owner(self) -> asyncio.Task[Any]:
+        task = asyncio.current_task()
+        assert task is not None, "a ticket belongs to a task"
+        return task
 
     @property
     def unread(self) -> bool:
@@ -295,7 +298,7 @@ class Inflight:
     def adopt(self, ticket: Ticket) -> bool:
         """Tell the brain of a request that another process answers; whether there is room for it."""
         request = ticket.request
-        taken = request.id in self._tickets or len(self._tickets) >= self._most
+        taken = request.id in self._tickets or len(self._tickets) >= self.most
         if taken or not self._driver.offer(Arrived(self._driver.now(), request)):
             return False
         self._tickets[request.id] = ticket

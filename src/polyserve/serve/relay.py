@@ -31,7 +31,19 @@ from polyserve.serve.driver import Driver
 from polyserve.serve.errors import ApiError
 from polyserve.serve.estimate import TokenEstimator
 from polyserve.serve.fleet import Fleet, Node
-from polyserve.serve.frames import Answered, Begin, Engine, Interrupt, Leave, Link, Serving, Suspected, Tokens
+from polyserve.serve.frames import (
+    SAID,
+    Answered,
+    Begin,
+    Engine,
+    Interrupt,
+    Leave,
+    Link,
+    Planned,
+    Serving,
+    Suspected,
+    Tokens,
+)
 from polyserve.serve.gateway import SILENCE_LOOK_S, Gateway, longest_context
 from polyserve.serve.inflight import Inflight, Ticket
 from polyserve.serve.listener import Server, make_room
@@ -125,7 +137,6 @@ class Relayed:
         self.paces = Paces(plan.configured.tiers, plan.service_tiers, plan.default_tier)
         own = None if plan.tokenizer is None else tokenizer(plan.tokenizer)
         self.counter = PromptCounter(TokenEstimator(), own, longest_context(plan))
-        self.metrics = self
 
     def tell(self, value: Any) -> None:
         self._link.send(self._place, value)
@@ -147,18 +158,13 @@ class Relayed:
     def answered(self, ticket: Ticket) -> None:
         """Tell of a request that is over."""
         assert ticket.outcome is not None, "a closed ticket has an outcome"
-        self.tell(
-            Answered(
-                ticket.request.id,
-                ticket.outcome,
-                ticket.refused_by,
-                ticket.boarded_at,
-                ticket.first_at,
-                ticket.last_at,
-                ticket.tokens,
-                ticket.lateness_s,
-            )
-        )
+        self.tell(Answered(ticket.request.id, *(getattr(ticket, name) for name in SAID)))
+
+    def follow(self, plan: ModelPlan, bounds: Bounds) -> None:
+        """Another plan is in force."""
+        self.plan, self._bounds = plan, bounds
+        self.inflight.most = bounds.open_requests
+        self.paces = Paces(plan.configured.tiers, plan.service_tiers, plan.default_tier)
 
     def report(self) -> None:
         """Send the token arrivals since the last time."""
@@ -221,6 +227,7 @@ class Relay:
         self._line = line
         self._models: Sequence[Relayed] = ()
         self._server: Server | None = None
+        self._front: Front | None = None
         self._began: asyncio.Future[Begin] = asyncio.get_running_loop().create_future()
         self._plan: Plan | None = None
         self._leaving: asyncio.Task[None] | None = None
@@ -246,7 +253,7 @@ class Relay:
     async def _serve(self, plan: Plan, beside: _Beside, link: Link) -> None:
         shared = plan.admin is not None and plan.admin == plan.listen
         operators = Operators(plan.admin_keys) if shared else None
-        front = Front(cast(Sequence[Gateway], self._models), plan.bounds, beside, plan.tenants, operators)
+        self._front = front = Front(cast(Sequence[Gateway], self._models), plan.bounds, beside, plan.tenants, operators)
         self._server = server = Server(front, plan.bounds)
         serving = asyncio.create_task(server.serve([self._listener]))
         telling = asyncio.create_task(self._tell())
@@ -278,8 +285,18 @@ class Relay:
                 self._began.set_result(value)
             case Leave():
                 self._leave(value.retire)
+            case Planned():
+                self._follow(pickle.loads(value.plan))
             case _:
                 self._models[model].take(value)
+
+    def _follow(self, plan: Plan) -> None:
+        self._plan = plan
+        for relayed, model in zip(self._models, plan.models, strict=True):
+            relayed.follow(model, plan.bounds)
+        if self._front is not None:
+            self._front.know(plan.tenants)
+            self._front.bounds = plan.bounds
 
     def _leave(self, retire: bool) -> None:
         if self._server is None or self._plan is None:

@@ -16,15 +16,27 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, cast
 
-from polyserve.core.types import Arrived, Cancelled, Dispatch, Event, Refuse, Request, RequestId, TierName
+from polyserve.core.types import Arrived, Cancelled, Dispatch, Event, Refuse, Request, RequestId
 from polyserve.serve.adapters import OpenAIEngine
-from polyserve.serve.frames import Answered, Begin, Engine, Interrupt, Leave, Link, Serving, Suspected, Tokens
+from polyserve.serve.frames import (
+    SAID,
+    Answered,
+    Begin,
+    Engine,
+    Interrupt,
+    Leave,
+    Link,
+    Planned,
+    Serving,
+    Suspected,
+    Tokens,
+)
 from polyserve.serve.gateway import Gateway
-from polyserve.serve.inflight import Interruption, Outcome, Ticket
+from polyserve.serve.inflight import Interruption, Ticket
 from polyserve.serve.listener import GatewayError
 from polyserve.serve.plan import Plan
 
@@ -34,29 +46,25 @@ FULL_RETRY_S = 1.0
 # A relay that dies at once is not started more often than this.
 AGAIN_S = 1.0
 START_S = 60.0
+# Relays go by a changed config this much later at most.
+FOLLOW_S = 0.2
 
 
-class RemoteTicket:
+class RemoteTicket(Ticket):
     """A request whose client is at a relay."""
 
     def __init__(self, request: Request, gateway: Gateway, relay: RelayProcess, place: int) -> None:
-        self.request = request
-        self.dispatch: Dispatch | None = None
-        self.outcome: Outcome | None = None
-        self.refused_by: TierName | None = None
-        self.base = 0
-        self.boarded_at = 0.0
-        self.first_at: float | None = None
+        super().__init__(request, request.id.encode(), gateway.inflight, gateway.driver)
         self.last_at = math.inf  # its relay watches for silence
-        self.lateness_s = -math.inf
-        self.tokens = 0
-        self.unread = False
         self._gateway = gateway
         self._relay = relay
         self._place = place
 
     def __repr__(self) -> str:
         return f"<ticket {self.request.id} at {self._relay!r}>"
+
+    def _owner(self) -> asyncio.Task[Any]:
+        return cast(asyncio.Task[Any], None)  # it is in the relay's process
 
     def answer(self, decision: Dispatch | Refuse) -> None:
         """Pass the brain's decision on, and before it what the relay has to know of the instance."""
@@ -66,7 +74,7 @@ class RemoteTicket:
             node = self._gateway.fleet.get(decision.instance)
             if node is not None and node.engine is not None:
                 self._relay.introduce(self._place, Engine(node.spec, node.engine.kind), node.engine)
-                node.tickets[self.request.id] = cast(Ticket, self)
+                node.tickets[self.request.id] = self
         self._relay.link.send(self._place, decision)
 
     def interrupt(self, why: Interruption) -> None:
@@ -128,7 +136,7 @@ class RelayProcess:
     def _arrived(self, place: int, event: Arrived) -> None:
         gateway, request = self._gateways[place], event.request
         ticket = RemoteTicket(request, gateway, self, place)
-        if gateway.inflight.adopt(cast(Ticket, ticket)):
+        if gateway.inflight.adopt(ticket):
             self._tickets[place][request.id] = ticket
         else:
             self.link.send(place, Refuse(request.id, "queue_full", None, FULL_RETRY_S))
@@ -138,22 +146,21 @@ class RelayProcess:
         ticket = tickets.pop(said.request, None)
         if ticket is None:
             return
-        ticket.outcome, ticket.refused_by = said.outcome, said.refused_by
-        ticket.boarded_at, ticket.first_at, ticket.last_at = said.boarded_at, said.first_at, said.last_at
-        ticket.tokens, ticket.lateness_s = said.tokens, said.lateness_s
-        gateway.inflight.remove(cast(Ticket, ticket))
+        for name in SAID:
+            setattr(ticket, name, getattr(said, name))
+        gateway.inflight.remove(ticket)
         ticket.alight()
-        gateway.metrics.answered(cast(Ticket, ticket))
+        gateway.answered(ticket)
 
     def _lost(self) -> None:
         """It has died, or ended: the clients that it had have gone."""
         for gateway, tickets in zip(self._gateways, self._tickets, strict=True):
             for request, ticket in tickets.items():
                 ticket.outcome = "cancelled"
-                gateway.inflight.remove(cast(Ticket, ticket))
+                gateway.inflight.remove(ticket)
                 ticket.alight()
                 gateway.driver.post(Cancelled(gateway.driver.now(), request))
-                gateway.metrics.answered(cast(Ticket, ticket))
+                gateway.answered(ticket)
             tickets.clear()
         self.gone.set()
 
@@ -200,6 +207,15 @@ class Relays:
                 await asyncio.gather(*(relay.serving for relay in self._running))
         except TimeoutError:
             raise GatewayError(f"the relays did not start within {START_S:g} s") from None
+
+    async def follow(self, plan: Callable[[], Plan]) -> None:
+        """Tell the relays of every other plan that comes to be in force."""
+        while True:
+            await asyncio.sleep(FOLLOW_S)
+            if (now := plan()) != self._plan:
+                self._plan = now
+                for relay in self._running:
+                    relay.link.send(0, Planned(pickle.dumps(now)))
 
     def leave(self, retire: bool) -> None:
         """Tell all to end, after their last streams or as at SIGTERM."""
