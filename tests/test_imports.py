@@ -33,7 +33,7 @@ FLOORS = (
 CORE = (
     ("types",),
     ("settings", "kernels"),
-    ("arena", "correction", "quota"),
+    ("arena", "correction", "quota", "fairness"),
     ("profile",),
     ("chunking",),
     ("plain", "bound", "lengths"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from statistics import NormalDist
 from typing import assert_never
@@ -20,6 +21,7 @@ from polyserve.core.autoscaling import Autoscaler, autoscaler
 from polyserve.core.baselines import Given, router
 from polyserve.core.breaker import Breakers
 from polyserve.core.disaggregation import SplitScaler, relay
+from polyserve.core.fairness import Turns
 from polyserve.core.fleet import Books, Fleet, Job, SplitFleet, State
 from polyserve.core.forecast import Forecast, Forecaster, compile_kernels
 from polyserve.core.lengths import LengthModel
@@ -190,7 +192,9 @@ class Controller:
         self._fleet: Fleet = SplitFleet(names) if split else Fleet(names)
         self._breakers = Breakers(self._settings, self._fleet)
         self._admission = Admission(self._settings, self._tiers, self._profiles, self._lengths)
-        self._pending = Pending([tier.name for tier in self._tiers])
+        shares = {tenant.name: tenant.share for tenant in event.tenants}
+        turns = partial(Turns, shares, self._settings.length_prior_tokens) if len(shares) > 1 else None
+        self._pending = Pending([tier.name for tier in self._tiers], turns)
         self._demand = Demand(self._tiers, self._settings.length_prior_tokens, self._lengths if split else None)
         self._forecaster = Forecaster(self._settings, self._lengths)
         self._quotas = Quotas(event.tenants, self._now)
@@ -324,7 +328,7 @@ class Controller:
         if job.tier is None:
             return len(self._pending.best_effort) > 0
         queue = self._pending.queues[job.tier]
-        return len(queue) > 0 and queue.ahead(job.due_at) > self._settings.head_walk
+        return len(queue) > 0 and queue.before(job) > self._settings.head_walk
 
     def _refuse(self, request: RequestId, code: RefuseCode, tier: TierName | None, retry_s: float | None) -> None:
         retry = None if retry_s is None else to_microsecond(max(retry_s, RETRY_FLOOR_S))
@@ -347,6 +351,8 @@ class Controller:
         if placement.then is not None:
             self._keep_place(placement.then)
         if job.id in self._pending:
+            if job.tier is not None:
+                self._pending.queues[job.tier].served(job)
             self._pending.remove(job.id)
             if job.tier is not None:
                 self._drained[job.tier] += job.prefill_tokens
@@ -826,13 +832,17 @@ class Controller:
             return self._nobody_home(job)
         queue = self._pending.queues[job.tier]
         if self._settings.queue_limit and len(queue) >= self._settings.queue_limit:
-            self._refuse(job.id, "queue_full", job.tier, self._drain_s(job))
-            return True
+            given_up = queue.to_make_way(job) or job
+            if given_up is not job:
+                self._pending.remove(given_up.id)
+            self._refuse(given_up.id, "queue_full", job.tier, self._drain_s(given_up))
+            if given_up is job:
+                return True
         if self._nobody_home(job):
             return True
         if self._on_late(job) != "refuse" or job.late:
             return False
-        ahead = queue.ahead(job.due_at)
+        ahead = queue.before(job)
         wait = self._drain_s(job)
         if ahead == 0 or wait <= 0.0:
             return False
@@ -852,7 +862,7 @@ class Controller:
         """Predicted wait of a job behind those due before it; 0 when nothing is known."""
         if job.tier is None:
             return 0.0
-        _, tokens = self._pending.queues[job.tier].ahead_tokens(job.due_at)
+        tokens = self._pending.queues[job.tier].before_tokens(job)
         rate = self._drained[job.tier] / DRAIN_MEMORY_S
         return tokens / rate if rate > 0.0 else 0.0
 
