@@ -24,6 +24,7 @@ from polyserve.core.types import (
     Instance,
     Joined,
     Ready,
+    Reconfigured,
     Refuse,
     Request,
     Slo,
@@ -191,3 +192,23 @@ def test_a_full_queue_gives_up_who_has_more_than_its_share_of_it() -> None:
     assert [action.request for action in refused] == ["a10", "a9", "a8", "a7", "a6", "b5", "b6", "b7"]
     assert {action.code for action in refused} == {"queue_full"}
     assert len(crowd.controller.pending) == 10
+
+
+def test_best_effort_that_waits_is_bounded_too() -> None:
+    crowd = Crowd(queue_limit=3, best_effort_headroom=0.0)
+    for n in range(6):
+        request = Request(f"r{n}", 0.0, 100, None)
+        actions = crowd.step(Arrived(0.0, request))
+        refused = [action.code for action in actions if isinstance(action, Refuse)]
+        assert refused == (["queue_full"] if n >= 4 else [])
+
+
+def test_other_shares_hold_from_the_moment_they_are_told() -> None:
+    crowd = Crowd(Tenant("a"))
+    for n in range(20):
+        crowd.ask(f"a{n}", "a")
+        if n < 10:
+            crowd.ask(f"b{n}", "b", ttft_s=50.0)
+    crowd.step(Reconfigured(0.0, (Tier("slow", 0.1, 1.0),), {}, (Tenant("a"), Tenant("b", share=3.0))))
+    order = crowd.serve("a0", 9)
+    assert sum(name.startswith("b") for name in order[1:]) == 6

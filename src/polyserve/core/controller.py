@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -25,7 +26,7 @@ from polyserve.core.fairness import Turns
 from polyserve.core.fleet import Books, Fleet, Job, SplitFleet, State
 from polyserve.core.forecast import Forecast, Forecaster, compile_kernels
 from polyserve.core.lengths import LengthModel
-from polyserve.core.pending import Pending
+from polyserve.core.pending import Pending, Queue
 from polyserve.core.profile import Profile
 from polyserve.core.quota import Quotas
 from polyserve.core.retiering import heirs, rebin
@@ -73,6 +74,7 @@ from polyserve.core.types import (
     Start,
     Stop,
     Suspend,
+    Tenant,
     Tick,
     Tier,
     TierName,
@@ -192,9 +194,7 @@ class Controller:
         self._fleet: Fleet = SplitFleet(names) if split else Fleet(names)
         self._breakers = Breakers(self._settings, self._fleet)
         self._admission = Admission(self._settings, self._tiers, self._profiles, self._lengths)
-        shares = {tenant.name: tenant.share for tenant in event.tenants}
-        turns = partial(Turns, shares, self._settings.length_prior_tokens) if len(shares) > 1 else None
-        self._pending = Pending([tier.name for tier in self._tiers], turns)
+        self._pending = Pending([tier.name for tier in self._tiers], self._turns(event.tenants))
         self._demand = Demand(self._tiers, self._settings.length_prior_tokens, self._lengths if split else None)
         self._forecaster = Forecaster(self._settings, self._lengths)
         self._quotas = Quotas(event.tenants, self._now)
@@ -208,7 +208,7 @@ class Controller:
         self._started = 0
         self._failures = 0
         self._start_after = -math.inf
-        self._drained: dict[TierName, float] = {tier.name: 0.0 for tier in self._tiers}
+        self._drained: dict[TierName | None, float] = dict.fromkeys((*names, None), 0.0)
         # Whose pace is tighter than every tier, the tier it came for having gone.
         self._tighter: dict[RequestId, float] = {}
         self.explanations: deque[Explanation] = deque(maxlen=EXPLAINED)
@@ -250,13 +250,18 @@ class Controller:
         for job in self._pending:  # policies that count do not know when a job is beyond hope
             if job.slo is not None and job.made == 0:
                 self._admission.set_latest(job)
-        self._pending.retier(names)
-        self._drained = {name: self._drained.get(name, 0.0) for name in names}
+        self._pending.retier(names, self._turns(event.tenants))
+        self._drained = {name: self._drained.get(name, 0.0) for name in (*names, None)}
         self._tighter = {
             id: job.slo.tpot_s for id, job in jobs.items() if job.slo and job.slo.tpot_s < self._tiers[0].tpot_s
         }
         self._relabel_to_heirs({tier.name: names[at] for tier, at in zip(before, into, strict=True)})
         self._look_at = self._now
+
+    def _turns(self, tenants: tuple[Tenant, ...]) -> Callable[[], Turns] | None:
+        """What makes the turns of a queue; None: there is nobody to take turns with."""
+        shares = {tenant.name: tenant.share for tenant in tenants}
+        return partial(Turns, shares, self._settings.length_prior_tokens) if len(shares) > 1 else None
 
     def _relabel_to_heirs(self, heir: dict[TierName, TierName]) -> None:
         """Instances of tiers that have gone serve the tier that takes over, or are in the pool when they are empty."""
@@ -354,8 +359,7 @@ class Controller:
             if job.tier is not None:
                 self._pending.queues[job.tier].served(job)
             self._pending.remove(job.id)
-            if job.tier is not None:
-                self._drained[job.tier] += job.prefill_tokens
+            self._drained[job.tier] += job.prefill_tokens
         job.instance = books.id
         job.seen = job.made
         books.add(job, self._now)
@@ -823,33 +827,32 @@ class Controller:
         return (tier.on_late if tier else None) or self._settings.on_late
 
     def _refuse_early(self, job: Job) -> bool:
-        """Refuse an arrival whose chance to be on time, behind everybody due before it, is below 1 - confidence.
+        """Refuse an arrival whose chance to be on time, behind everybody who goes before it, is below 1 - confidence.
 
         The wait is the prompt tokens ahead over the rate at which the queue has been draining; its spread that of
         a sum of as many independent services. Also bounds the queue.
         """
-        if job.tier is None:
-            return self._nobody_home(job)
-        queue = self._pending.queues[job.tier]
-        if self._settings.queue_limit and len(queue) >= self._settings.queue_limit:
-            given_up = queue.to_make_way(job) or job
-            if given_up is not job:
-                self._pending.remove(given_up.id)
-            self._refuse(given_up.id, "queue_full", job.tier, self._drain_s(given_up))
-            if given_up is job:
-                return True
         if self._nobody_home(job):
             return True
-        if self._on_late(job) != "refuse" or job.late:
+        if job.tier is not None and self._on_late(job) == "refuse" and not job.late:
+            ahead = self._pending.queues[job.tier].before(job)
+            wait = self._drain_s(job) if ahead else 0.0
+            if wait > 0.0 and wait * (1.0 - self._quantile / math.sqrt(ahead + 1)) > job.latest_at - self._now:
+                self._refuse(job.id, "overloaded", job.tier, wait)
+                return True
+        return self._refuse_full(job)
+
+    def _refuse_full(self, job: Job) -> bool:
+        """Bound the queue: refuse an arrival, or whoever else has to make way for it."""
+        queue = self._pending.best_effort if job.tier is None else self._pending.queues[job.tier]
+        if not self._settings.queue_limit or len(queue) < self._settings.queue_limit:
             return False
-        ahead = queue.before(job)
-        wait = self._drain_s(job)
-        if ahead == 0 or wait <= 0.0:
-            return False
-        if wait * (1.0 - self._quantile / math.sqrt(ahead + 1)) > job.latest_at - self._now:
-            self._refuse(job.id, "overloaded", job.tier, wait)
-            return True
-        return False
+        given_up = queue.to_make_way(job) if isinstance(queue, Queue) else None
+        if given_up is not None:
+            self._pending.remove(given_up.id)
+        refused = given_up or job
+        self._refuse(refused.id, "queue_full", refused.tier, self._drain_s(refused))
+        return given_up is None
 
     def _nobody_home(self, job: Job) -> bool:
         """Refuse when no instance exists and none is coming."""
@@ -861,8 +864,9 @@ class Controller:
     def _drain_s(self, job: Job) -> float:
         """Predicted wait of a job behind those due before it; 0 when nothing is known."""
         if job.tier is None:
-            return 0.0
-        tokens = self._pending.queues[job.tier].before_tokens(job)
+            tokens = sum(other.prefill_tokens for other in self._pending.best_effort.values())
+        else:
+            tokens = self._pending.queues[job.tier].before_tokens(job)
         rate = self._drained[job.tier] / DRAIN_MEMORY_S
         return tokens / rate if rate > 0.0 else 0.0
 

@@ -211,10 +211,13 @@ class Pending:
         self._beyond: list[tuple[float, RequestId]] = []
         self._jobs: dict[RequestId, Job] = {}
 
-    def retier(self, tiers: list[TierName]) -> None:
-        """Other queues: every job is in that of the tier it has by now, and has waited as long as before."""
+    def retier(self, tiers: list[TierName], turns: Callable[[], Turns] | None = None) -> None:
+        """Other queues: every job is in that of the tier it has by now, and has waited as long as before.
+
+        Turns begin anew.
+        """
         jobs = list(self._jobs.values())
-        self.queues = {name: Queue() for name in tiers}
+        self.queues = {name: Queue(turns() if turns else None) for name in tiers}
         self.best_effort, self._beyond, self._jobs = {}, [], {}
         for job in jobs:
             self.push(job, job.pending_since)
