@@ -62,6 +62,11 @@ class Telemetry(msgspec.Struct, frozen=True):
     prefilling: dict[RequestId, int] = {}
 
 
+class _ServerInfo(msgspec.Struct, frozen=True):
+    max_total_num_tokens: int | None = None
+    max_running_requests: int | None = None
+
+
 class _Model(msgspec.Struct, frozen=True):
     id: str
 
@@ -198,6 +203,8 @@ class VllmEngine(OpenAIEngine):
 
     def changes(self, ask: Ask, slo: Slo | None, left_s: float, due_at: float) -> dict[str, object]:
         changes = super().changes(ask, slo, left_s, due_at)
+        if self.send_priority:
+            changes["priority"] = _rank(due_at)  # lower goes first
         if ask.endpoint in ("embeddings", "responses"):  # older ones refuse what they do not know there
             return changes
         xargs = dict(ask.body.get("vllm_xargs") or {})
@@ -207,10 +214,40 @@ class VllmEngine(OpenAIEngine):
             xargs["slo_tpot_ms"] = round(slo.tpot_s * 1e3, 3)
         if xargs:
             changes["vllm_xargs"] = xargs
-        if self.send_priority:
-            # Lower goes first in vLLM: the earliest deadline, in milliseconds of our clock.
-            changes["priority"] = LAST_PRIORITY if math.isinf(due_at) else min(int(due_at * 1e3), LAST_PRIORITY - 1)
         return changes
+
+
+class SglangEngine(OpenAIEngine):
+    """SGLang: its metrics, what its server says of itself, and priorities the other way round."""
+
+    kind = "sglang"
+    continues_chats = True
+
+    async def facts(self) -> Facts:
+        url = f"{self.url}/get_server_info"
+        async with self.session.get(url, headers=self.headers, timeout=PROBE_TIMEOUT) as answer:
+            if answer.status != 200:
+                return Facts()
+            info = msgspec.json.decode(await answer.read(), type=_ServerInfo)
+        return Facts(kv_tokens=info.max_total_num_tokens, max_num_seqs=info.max_running_requests)
+
+    async def load(self) -> Load | None:
+        try:
+            async with self.session.get(f"{self.url}/metrics", headers=self.headers, timeout=PROBE_TIMEOUT) as answer:
+                return parsed_sglang_metrics(await answer.text()) if answer.status == 200 else None
+        except UNREACHABLE:
+            return None
+
+    def changes(self, ask: Ask, slo: Slo | None, left_s: float, due_at: float) -> dict[str, object]:
+        changes = super().changes(ask, slo, left_s, due_at)
+        if self.send_priority:
+            changes["priority"] = LAST_PRIORITY - _rank(due_at)  # higher goes first
+        return changes
+
+
+def _rank(due_at: float) -> int:
+    """A deadline as a priority: milliseconds of our clock, best effort after all of them."""
+    return LAST_PRIORITY if math.isinf(due_at) else min(int(due_at * 1e3), LAST_PRIORITY - 1)
 
 
 class EmulatedEngine(VllmEngine):
@@ -239,7 +276,9 @@ class EmulatedEngine(VllmEngine):
                         yield decoder.decode(line)
 
 
-KINDS: dict[str, type[OpenAIEngine]] = {kind.kind: kind for kind in (OpenAIEngine, VllmEngine, EmulatedEngine)}
+KINDS: dict[str, type[OpenAIEngine]] = {
+    kind.kind: kind for kind in (OpenAIEngine, VllmEngine, SglangEngine, EmulatedEngine)
+}
 
 
 def credentials(api_key: str | None) -> dict[str, str]:
@@ -265,7 +304,8 @@ async def _detected_kind(session: aiohttp.ClientSession, url: str, headers: dict
                 return EmulatedEngine.kind
         async with session.get(f"{url}/metrics", headers=headers, timeout=PROBE_TIMEOUT) as answer:
             text = await answer.text() if answer.status == 200 else ""
-            return VllmEngine.kind if "\nvllm:" in text else OpenAIEngine.kind
+            found = (kind for kind in (VllmEngine.kind, SglangEngine.kind) if f"\n{kind}:" in text)
+            return next(found, OpenAIEngine.kind)
     except UNREACHABLE:
         return None
 
@@ -284,6 +324,15 @@ def parsed_metrics(text: str) -> Load | None:
         work=sum(_samples(text, "vllm:generation_tokens_total")) + sum(_samples(text, "vllm:prompt_tokens_total")),
         started_at=max(_samples(text, "process_start_time_seconds"), default=None),
     )
+
+
+def parsed_sglang_metrics(text: str) -> Load | None:
+    """SGLang's gauges, summed over its workers; None when they are not there."""
+    running, waiting = _samples(text, "sglang:num_running_reqs"), _samples(text, "sglang:num_queue_reqs")
+    if not running or not waiting:
+        return None
+    shares = _samples(text, "sglang:token_usage")
+    return Load(int(sum(running)), int(sum(waiting)), sum(shares) / len(shares) if shares else None)
 
 
 def _samples(text: str, name: str) -> list[float]:

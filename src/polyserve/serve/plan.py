@@ -10,7 +10,7 @@ from typing import Literal
 from polyserve.core.types import ChunkRule, Configured, InstanceId, Tenant, TierName
 
 BEST_EFFORT = "best-effort"  # in place of a tier's name: no SLO at all
-EngineKind = Literal["auto", "vllm", "emulator", "openai"]
+EngineKind = Literal["auto", "vllm", "sglang", "emulator", "openai"]
 Order = Literal["deadline", "fcfs"]
 
 
