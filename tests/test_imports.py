@@ -42,6 +42,7 @@ CORE = (
     ("forecast", "admission", "scaling", "retiering"),
     ("routing", "autoscaling", "latency"),
     ("baselines",),
+    ("observing",),
     ("disaggregation",),
     ("controller",),
 )

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -412,10 +413,24 @@ _Supervise = Annotated[
 ]
 
 
+class Incumbent(StrEnum):
+    """Rules that may route while PolyServe watches."""
+
+    LEAST_REQUESTS = "least-requests"
+    ROUND_ROBIN = "round-robin"
+
+
 @app.command()
-def serve(config: _ConfigFile, supervise: _Supervise = False) -> None:
+def serve(
+    config: _ConfigFile,
+    supervise: _Supervise = False,
+    observe: Annotated[
+        bool, typer.Option("--observe", help="Only say what would have been done: see --incumbent.")
+    ] = False,
+    incumbent: Annotated[Incumbent, typer.Option(help="With --observe: who routes.")] = Incumbent.LEAST_REQUESTS,
+) -> None:
     """Serve one model or several over the instances that the config lists."""
-    _run_gateway(config, launch=False, supervise=supervise)
+    _run_gateway(config, launch=False, supervise=supervise, incumbent=incumbent.value if observe else None)
 
 
 @app.command()
@@ -424,15 +439,17 @@ def up(config: _ConfigFile, supervise: _Supervise = False) -> None:
     _run_gateway(config, launch=True, supervise=supervise)
 
 
-def _run_gateway(config: Path, launch: bool, supervise: bool) -> None:
+def _run_gateway(config: Path, launch: bool, supervise: bool, incumbent: str | None = None) -> None:
     if supervise:
         from polyserve.serve import supervisor
 
-        raise typer.Exit(supervisor.run([sys.executable, "-m", "polyserve", "up" if launch else "serve", str(config)]))
+        watching = [] if incumbent is None else ["--observe", "--incumbent", incumbent]
+        command = [sys.executable, "-m", "polyserve", "up" if launch else "serve", str(config), *watching]
+        raise typer.Exit(supervisor.run(command))
     from polyserve.config import GatewayError, run_gateway
 
     try:
-        run_gateway(config, launch)
+        run_gateway(config, launch, incumbent)
     except GatewayError as error:
         print(f"polyserve: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

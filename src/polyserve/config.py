@@ -23,6 +23,7 @@ from polyserve.core.profile import Profile, ProfileError
 from polyserve.core.settings import SettingError, Settings, policy
 from polyserve.core.types import ChunkRule, Configured, Tenant, Tier, to_microsecond
 from polyserve.profiles import store
+from polyserve.serve import observe
 from polyserve.serve.adapters import chunk_rule
 from polyserve.serve.house import House, serve
 from polyserve.serve.listener import GatewayError
@@ -288,20 +289,32 @@ def _model(config: ModelConfig, source: str, prefix: str, launch: bool, tenants:
     )
 
 
-def run_gateway(config_path: str | Path, launch: bool) -> None:
-    """Serve until a signal comes; raises `ConfigError` or `GatewayError`, each in one line."""
+def run_gateway(config_path: str | Path, launch: bool, incumbent: str | None = None) -> None:
+    """Serve until a signal comes; raises `ConfigError` or `GatewayError`, each in one line.
+
+    With `incumbent` that rule routes, and PolyServe only says what it would have done.
+    """
+    houses: list[House] = []
+
+    def read() -> Plan:
+        made = load(config_path, launch)
+        return made if incumbent is None else observe.watching(made, incumbent)
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    made = load(config_path, launch)
+    made = read()
 
     def say(house: House, port: int) -> None:
         # What is there now stays: no collection need walk it again, which would hold every stream up.
         gc.collect()
         gc.freeze()
         gc.set_threshold(*COLLECT_AFTER)
+        houses.append(house)
         print(f"polyserve: {', '.join(house.gateways)} on http://{made.listen.host}:{port}/v1", flush=True)
 
-    source = Source(Path(config_path), lambda: load(config_path, launch))
-    uvloop.run(serve(made, say, source))
+    uvloop.run(serve(made, say, Source(Path(config_path), read)))
+    for gateway in (gateway for house in houses for gateway in house.gateways.values()):
+        if (shadow := observe.observed(gateway.brain)) is not None:
+            print("\n".join(observe.summary(gateway.model, shadow, gateway.audit)), flush=True)
 
 
 def _read(path: Path) -> Config:

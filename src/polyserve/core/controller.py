@@ -291,6 +291,11 @@ class Controller:
         return self._scaler.wanted
 
     @property
+    def router(self) -> Router:
+        """Who decides where requests go, to be read only."""
+        return self._router
+
+    @property
     def wants_progress(self) -> bool:
         """Whether reports of progress change any decision; a body may keep them back where they do not."""
         return self._router.wants_progress

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 import polyserve
 from polyserve.core.types import Tier
-from polyserve.serve import console, openapi
+from polyserve.serve import console, observe, openapi
 from polyserve.serve.access import OPEN_PATHS, Operators
 from polyserve.serve.adapters import KINDS, chunk_rule
 from polyserve.serve.app import RESTART_S, App, no_model, send_error
@@ -133,6 +133,13 @@ def _admin_routes(house: House) -> list[Route]:
         """Predicted against observed, of one model with `?model=`."""
         return Reply({gateway.model: gateway.audit.to_dict() for gateway in _asked(house, request)})
 
+    async def watched(request: Request) -> Response:
+        gateways = {one: observe.observed(one.brain) for one in _asked(house, request)}
+        if not any(gateways.values()):
+            raise ApiError(404, "not_observing", "PolyServe routes here; `polyserve serve --observe` only watches")
+        shadows = {one.model: observe.told(shadow, one.audit, 100) for one, shadow in gateways.items() if shadow}
+        return Reply(shadows)
+
     async def tiers(request: Request) -> Response:
         """Every tier, of one model with `?model=`."""
         return Reply({"tiers": [_tier(gateway, tier) for gateway in _asked(house, request) for tier in gateway.tiers]})
@@ -161,6 +168,7 @@ def _admin_routes(house: House) -> list[Route]:
         Route("/admin/fleet", fleet),
         Route("/admin/decisions", decisions),
         Route("/admin/audit", audit),
+        Route("/admin/observe", watched),
         Route("/admin/tiers", tiers),
         Route("/admin/instances", join, methods=["POST"]),
         Route("/admin/instances/{id}", remove, methods=["DELETE"]),

@@ -55,6 +55,7 @@ from polyserve.serve.launchers import Launcher, LaunchError
 from polyserve.serve.launchers.local import LocalLauncher
 from polyserve.serve.launchers.static import StaticLauncher
 from polyserve.serve.metrics import Books, Metrics
+from polyserve.serve.observe import ObserveSeries
 from polyserve.serve.pace import Paces
 from polyserve.serve.plan import Bounds, EngineSpec, ModelPlan
 from polyserve.serve.tokens import PromptCounter, tokenizer
@@ -93,6 +94,7 @@ class Gateway:
         self.audit = Audit(brain, self.metrics.forecast)
         self.metrics.registry.register(Books(brain, self.fleet, self.inflight, self.driver.now))
         self.metrics.registry.register(AuditSeries(self.audit))
+        self.metrics.registry.register(ObserveSeries(brain))
         self.paces = Paces(self.tiers, plan.service_tiers, plan.default_tier)
         self.estimator = TokenEstimator()
         own = None if plan.tokenizer is None else tokenizer(plan.tokenizer)

@@ -85,6 +85,12 @@ def _lack(cause: str, margin: float) -> str | None:
             return f"an answer running there would become {much} late"
 
 
+def fits(forecast: Forecast) -> str:
+    """Whether everybody there would be in time, in one breath."""
+    lacks = [text for cause, margin in forecast.margins().items() if (text := _lack(cause, margin))]
+    return "all would be in time" if not lacks else ", ".join(lacks)
+
+
 def not_asked(ready: int, asked: int, chosen: bool, known: bool) -> str | None:
     """About the instances of which nothing is said."""
     others = ready - asked - chosen
