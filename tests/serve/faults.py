@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import sys
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, cast
@@ -242,17 +244,27 @@ def play(seed: int) -> Run:
     return run
 
 
+@contextlib.asynccontextmanager
+async def scene(plan: Plan) -> AsyncIterator[tuple[Gateway, Front]]:
+    """A gateway at work on the loop's network, whose engines are all ready."""
+    loop = cast(VirtualLoop, asyncio.get_running_loop())
+    async with session() as http:
+        gateway = Gateway(plan.sole, plan.bounds, http, None, clock=loop.time)
+        front = Front([gateway], plan.bounds, cast(Any, None), clock=loop.time)
+        gateway.open()
+        while not all(node.state == "ready" for node in gateway.fleet):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        try:
+            yield gateway, front
+        finally:
+            await gateway.close()
+
+
 async def _play(run: Run) -> None:
     random = Random(run.seed)
     loop = cast(VirtualLoop, asyncio.get_running_loop())
     engines = [MemoryEngine(loop, number) for number in range(random.choice((2, 3, 3, 4)))]
-    async with session() as http:
-        plan = _plan(random, engines)
-        gateway = Gateway(plan.sole, plan.bounds, http, None, clock=loop.time)
-        front = Front([gateway], plan.bounds, cast(Any, None), clock=loop.time)
-        gateway.open()
-        while sum(node.state == "ready" for node in gateway.fleet) < len(engines):  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+    async with scene(_plan(random, engines)) as (gateway, front):
         clients = [_client(random, f"r{number}") for number in range(random.randint(6, 14))]
         asking = [loop.create_task(client.ask(front)) for client in clients]
         for engine in engines[1:]:  # the first is sound
@@ -266,7 +278,6 @@ async def _play(run: Run) -> None:
         finally:
             for task in [*asking, *run.chores]:
                 task.cancel()
-            await gateway.close()
     if gateway.driver.failed.done():
         raise LawBrokenError(f"the controller failed: {gateway.driver.failed.result()!r}")
     for client in clients:

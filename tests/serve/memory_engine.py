@@ -176,6 +176,7 @@ class MemoryEngine:
         self.next_wrong: Callable[[], tuple[Garbage, int] | None] = lambda: None  # what befalls the next stream
         self.stuck = False  # its iterations have stopped, and everything else goes on
         self.served = 0
+        self.asked_at: list[float] = []  # when it was sent a completion
         self._loop = loop
         self._serial = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -229,6 +230,7 @@ class MemoryEngine:
                 connection.whole(404, b"")
 
     def _complete(self, connection: Connection, path: str, body: bytes) -> None:
+        self.asked_at.append(self._loop.time())
         if self.status != 200:
             connection.whole(self.status, b'{"error":{"message":"engine says no","code":500}}')
             return
@@ -261,7 +263,7 @@ class MemoryEngine:
             for stream in list(self.streams):
                 if stream.wait:
                     stream.wait -= 1
-                    if not stream.wait:
+                    if not stream.wait and not stream.sent:
                         stream.open()
                     continue
                 self.tokens_made += 1

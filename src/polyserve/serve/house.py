@@ -23,6 +23,7 @@ from polyserve.serve.gateway import Gateway
 from polyserve.serve.handed import Line, Sockets
 from polyserve.serve.listener import GatewayError, bound, make_room
 from polyserve.serve.metrics import exposition
+from polyserve.serve.names import LastKnown
 from polyserve.serve.plan import Bounds, Plan, PlanError
 from polyserve.serve.reload import Reloader, Source
 
@@ -92,7 +93,7 @@ async def running(plan: Plan, source: Source | None = None, beside_another: bool
 
     `beside_another`: a process with the same config may still write its journal, which is then moved aside.
     """
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S, resolver=LastKnown())
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=plan.bounds.connect_s)
     async with contextlib.AsyncExitStack() as stack:
         session = await stack.enter_async_context(

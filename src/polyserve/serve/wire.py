@@ -13,6 +13,7 @@ aiohttp still asks everything that is not a token: health, metrics, telemetry.
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -309,6 +310,7 @@ class Wire:
         self._base = parts.path.rstrip("/").encode()
         self._host_header = parts.netloc.rpartition("@")[2].encode()
         self._connect_s = connect_s
+        self._address: str | None = None  # that the name last led to
         self._idle = Idle()
 
     def __repr__(self) -> str:
@@ -345,14 +347,28 @@ class Wire:
         return answer
 
     async def _connect(self) -> _Connection:
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_s):
-                _, connection = await loop.create_connection(
-                    lambda: _Connection(self._idle), self._host, self._port, ssl=self._tls
-                )
+                try:
+                    connection = await self._connect_to(self._host)
+                except socket.gaierror:  # the name is gone, and its address may still answer
+                    if self._address is None:
+                        raise
+                    connection = await self._connect_to(self._address)
         except TimeoutError:
             raise ConnectError(f"no connection within {self._connect_s:g} s") from None
         except OSError as error:
             raise ConnectError(error.strerror or str(error)) from None
+        return connection
+
+    async def _connect_to(self, host: str) -> _Connection:
+        transport, connection = await asyncio.get_running_loop().create_connection(
+            lambda: _Connection(self._idle),
+            host,
+            self._port,
+            ssl=self._tls,
+            server_hostname=self._host if self._tls else None,
+        )
+        peer = transport.get_extra_info("peername")
+        self._address = peer[0] if peer else None
         return connection
