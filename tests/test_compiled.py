@@ -20,7 +20,7 @@ def test_every_file_with_compiled_loops_is_known() -> None:
 
 def test_a_change_in_one_file_forgets_what_was_compiled_from_all(tmp_path: Path) -> None:
     for name in COMPILED:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
     kept = tmp_path / "sim" / "__pycache__" / "turns.advance-1.py311.nbi"
     kept.parent.mkdir()
@@ -30,7 +30,7 @@ def test_a_change_in_one_file_forgets_what_was_compiled_from_all(tmp_path: Path)
     kept.write_text("code")
     assert not forget_stale(tmp_path)
     assert kept.exists()
-    (tmp_path / "core" / "kernels.py").write_text("22")
+    (tmp_path / "core" / "kernels" / "laws.py").write_text("22")
     assert forget_stale(tmp_path)
     assert not kept.exists()
 

@@ -8,7 +8,11 @@ __version__ = "0.1.0"
 # Compiled loops, and what they are laid out by. Numba keeps the code of a function with the file that it is in,
 # though it took in what other files say: once one of them has changed, the code that is kept for all is stale.
 COMPILED = (
-    "core/kernels.py",
+    "core/kernels/books.py",
+    "core/kernels/laws.py",
+    "core/kernels/layout.py",
+    "core/kernels/outlook.py",
+    "core/kernels/search.py",
     "core/latency.py",
     "progress.py",
     "sim/decoding.py",
@@ -26,7 +30,7 @@ def forget_stale(root: Path) -> bool:
     kept = root / "__pycache__" / "compiled.txt"
     if kept.is_file() and kept.read_text() == stamp:
         return False
-    for index in root.glob("*/__pycache__/*.nbi"):
+    for index in root.rglob("__pycache__/*.nbi"):
         index.unlink(missing_ok=True)
     kept.parent.mkdir(exist_ok=True)
     kept.write_text(stamp)
