@@ -7,7 +7,6 @@ file, the path of the key and what would do.
 from __future__ import annotations
 
 import gc
-import logging
 import re
 import sys
 from pathlib import Path
@@ -23,12 +22,23 @@ from polyserve.core.profile import Profile, ProfileError
 from polyserve.core.settings import SettingError, Settings, policy
 from polyserve.core.types import ChunkRule, Configured, Tenant, Tier, to_microsecond
 from polyserve.profiles import store
-from polyserve.serve import observe
+from polyserve.serve import logs, observe
 from polyserve.serve.adapters import chunk_rule
 from polyserve.serve.house import House, serve
 from polyserve.serve.listener import GatewayError
 from polyserve.serve.pace import BEST_EFFORT, SERVICE_TIERS
-from polyserve.serve.plan import Address, Bounds, EngineKind, EngineSpec, LocalPlan, ModelPlan, Order, Plan, PlanError
+from polyserve.serve.plan import (
+    Address,
+    Bounds,
+    EngineKind,
+    EngineSpec,
+    LocalPlan,
+    LogPlan,
+    ModelPlan,
+    Order,
+    Plan,
+    PlanError,
+)
 from polyserve.serve.reload import Source
 from polyserve.serve.tokens import TokenizerError, tokenizer
 
@@ -131,6 +141,12 @@ class LimitsConfig(_Section):
     probe_s: Seconds = 1.0
 
 
+class LogConfig(_Section):
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    requests: bool = False
+
+
 class ModelKeys(_Section):
     """What is said of one model: at the top of a file for its only model, else under `models`."""
 
@@ -193,6 +209,7 @@ class Config(ModelKeys):
     admin: AdminConfig | None = None
     tenants: list[TenantConfig] = []
     limits: LimitsConfig = LimitsConfig()
+    log: LogConfig = LogConfig()
     watch: bool = False
 
     @model_validator(mode="before")
@@ -255,6 +272,7 @@ def plan(config: Config, source: str, launch: bool = False) -> Plan:
         tenants=tenants,
         admin_keys=config.admin.keys if config.admin is not None else (),
         bounds=_bounds(config.limits),
+        log=LogPlan(config.log.format, config.log.level, config.log.requests),
         watch=config.watch,
         relays=config.relays,
     )
@@ -300,8 +318,9 @@ def run_gateway(config_path: str | Path, launch: bool, incumbent: str | None = N
         made = load(config_path, launch)
         return made if incumbent is None else observe.watching(made, incumbent)
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logs.set_up(LogPlan())
     made = read()
+    logs.set_up(made.log)
 
     def say(house: House, port: int) -> None:
         # What is there now stays: no collection need walk it again, which would hold every stream up.
@@ -380,6 +399,7 @@ def _section(where: list[str]) -> type[BaseModel]:
         "instances": InstanceConfig,
         "launcher": LauncherConfig,
         "limits": LimitsConfig,
+        "log": LogConfig,
     }
     if where[:1] == ["models"]:
         return sections.get(where[2], ModelConfig) if len(where) > 2 else ModelConfig

@@ -45,6 +45,7 @@ from polyserve.core.types import (
     Tier,
 )
 from polyserve.progress import REPORT_EVERY_S
+from polyserve.serve import logs
 from polyserve.serve.audit import Audit, AuditSeries
 from polyserve.serve.decisions import Decisions
 from polyserve.serve.driver import Driver
@@ -136,6 +137,7 @@ class Gateway:
         """A request is over: count it, and compare it with what was foreseen."""
         self.metrics.answered(ticket)
         self.audit.answered(ticket)
+        logs.answered(self.model, ticket)
 
     # -- what the admin API asks
 

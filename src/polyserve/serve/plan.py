@@ -111,6 +111,15 @@ class ModelPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class LogPlan:
+    """What is logged, and how."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    requests: bool = False  # a line for each at its end
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything a gateway needs to know."""
 
@@ -120,6 +129,7 @@ class Plan:
     tenants: tuple[TenantPlan, ...] = ()  # none: open to everybody
     admin_keys: tuple[str, ...] = field(default=(), repr=False)  # their SHA-256, in hex
     bounds: Bounds = Bounds()
+    log: LogPlan = LogPlan()
     watch: bool = False  # take in the file again whenever it has changed
     relays: int = 0  # processes that answer clients for the one that decides; 0: it does so itself
 

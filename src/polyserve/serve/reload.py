@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from polyserve.core.controller import Controller
 from polyserve.core.settings import SettingError
 from polyserve.core.types import Configured, Reconfigured, Tier
+from polyserve.serve import logs
 from polyserve.serve.gateway import Gateway
 from polyserve.serve.pace import BEST_EFFORT, Paces
 from polyserve.serve.plan import Bounds, ModelPlan, Plan, PlanError, TenantPlan
@@ -155,7 +156,12 @@ def apply(house: House, new: Plan) -> Report:
     report.restart += [f"model {name} is new" for name in come]
     fixed: dict[str, Any] = {"models": kept, "bounds": bounds}
     for name in _differing(old, new):
-        if name == "watch":
+        if name == "log":
+            logs.set_up(new.log)
+            report.changed.append(
+                f"log: {new.log.format}, {new.log.level}, requests {'on' if new.log.requests else 'off'}"
+            )
+        elif name == "watch":
             report.changed.append(f"the file is {'' if new.watch else 'not '}watched")
         elif name == "tenants" and old.tenants and new.tenants:
             report.changed += _tenant_changes(old.tenants, new.tenants)
