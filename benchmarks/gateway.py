@@ -1,11 +1,11 @@
 """What the gateway costs beside a relay that does nothing else, and beside other people's, in one run.
 
-    python benchmarks/gateway.py [--only bare,gateway] [--seconds 4] [--json FILE]     (make bench-gateway)
+    python benchmarks/gateway.py [--only bare,gateway] [--seconds 3] [--json FILE]     (make bench-gateway)
 
 One core has the relay under test and nothing else of ours; the other has the engine (upstream.c, which costs next to
 nothing) and the load: wrk for requests, streams.c for streams. Every relay gets the same jobs:
 
-    memory      resident memory that each of 2,000 streams adds which have given one chunk and then nothing
+    memory      resident memory that each of 2,000 streams (LiteLLM: 500) adds which gave one chunk and then nothing
     requests    wrk, 64 connections, answers of one chunk: how many a second, and processor time of each
     delay       what 1, 64 and 512 streams see of the relay, at a pace of 20 chunks a second (1 stream: 200) and of one
                 second each (1 stream: 0.1 s): milliseconds from asking to the first chunk, and of every chunk from the
@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,11 @@ from gateway_rig import (
 
 CONNECTIONS = 64
 WRK_WARM_S = 1.0
-IDLE_STREAMS = 2000
 # (streams, chunks a second of each, chunks of each)
 DELAYS = ((1, 200, 20), (64, 20, 20), (512, 20, 20))
 CHUNKS = ((512, 50), (512, 100))
 # A relay rests between two jobs; the gateway on 1,000 instances never quite does, since it looks after them.
-QUIET_LOOKS, QUIET_LOOK_S = 20, 0.2
+QUIET_LOOKS, QUIET_LOOK_S = 150, 0.2
 DIRECT = "direct"  # what the client sees without a relay
 
 Result = dict[str, Any]
@@ -92,7 +92,7 @@ class Bench:
         command = peer.prepare(ports[0], ports[1:], self.folder)
         with (
             self._engine(ports[1], peer.instances),
-            process(command, self.relay_core, self.folder / f"{peer.name}.log", **peer.environment) as child,
+            process(command, self._cores(peer), self.folder / f"{peer.name}.log", **peer.environment) as child,
         ):
             try:
                 answers(ports[0], child, peer.start_s)
@@ -112,37 +112,47 @@ class Bench:
     def _engine(self, first_port: int, count: int) -> AbstractContextManager[subprocess.Popen[bytes]]:
         return process([str(self.upstream), str(first_port), str(count)], self.load_core, self.folder / "engine.log")
 
+    def _cores(self, peer: Peer) -> tuple[int, ...]:
+        return (self.relay_core, self.load_core) if peer.relays else (self.relay_core,)
+
     def _jobs(self, peer: Peer, target: Target) -> Result:
-        result: Result = {}
+        result: Result = {"delays": {}, "chunks": {}}
+
+        def job(what: str, do: Callable[[], Result]) -> Result:
+            say(peer.name, what)
+            try:
+                return do()
+            except UnavailableError as why:
+                print(f"{peer.name}: {what}: {why}", flush=True)
+                return {}
+
         if not peer.only_requests:
-            say(peer.name, f"memory of {IDLE_STREAMS:,} idle streams")
-            result["idle_stream_kib"] = self._memory(target)
-        say(peer.name, "requests of one chunk")
-        result |= self._requests(target)
+            count = peer.idle_streams
+            result |= job(f"memory of {count:,} idle streams", partial(self._memory, target, count))
+        result |= job("requests of one chunk", lambda: self._requests(target))
         if peer.name.startswith("gateway"):
             result["decision_us"] = decision_us(target.port)
         if peer.only_requests:
             return result
-        result["delays"], result["chunks"] = {}, {}
-        for count, *job in DELAYS:
-            say(peer.name, f"delay at {count} streams")
-            result["delays"][str(count)] = added(self._delay(target, count, *job), self.direct["delays"][str(count)])
+        for count, rate, chunks in DELAYS:
+            measure = partial(self._added, target, count, rate, chunks)
+            result["delays"][str(count)] = job(f"delay at {count} streams", measure)
         for count, rate in CHUNKS:
-            say(peer.name, f"{count} streams of {rate} chunks/s")
-            result["chunks"][str(rate)] = self._chunks(target, count, rate)
+            measure = partial(self._chunks, target, count, rate)
+            result["chunks"][str(rate)] = job(f"{count} streams of {rate} chunks/s", measure)
         return result
 
-    def _memory(self, target: Target) -> float:
+    def _memory(self, target: Target, count: int) -> Result:
         """KiB per stream, after a second in which every part has been used once."""
         self._stream(target, 64, body(20, 0.01), 0.5, 0.5)
         before = resident(target.pid)
         taken: list[int] = []
         told = self._stream(
-            target, IDLE_STREAMS, body(2, 600.0), 4.0, 0.5, at_begin=lambda: taken.append(resident(target.pid))
+            target, count, body(2, 600.0), 4.0, 0.5, at_begin=lambda: taken.append(resident(target.pid))
         )
-        if told["open"] < IDLE_STREAMS:
-            raise UnavailableError(f"only {told['open']} of {IDLE_STREAMS} streams could be opened")
-        return (taken[0] - before) / IDLE_STREAMS / 1024
+        if told["open"] < count:
+            raise UnavailableError(f"only {told['open']} of {count} streams could be opened")
+        return {"idle_stream_kib": (taken[0] - before) / count / 1024}
 
     def _requests(self, target: Target) -> Result:
         if self.wrk is None:
@@ -163,11 +173,15 @@ class Bench:
             return ended.stdout
 
         run(WRK_WARM_S)
-        used = cpu_s(target.pid)
+        used, first = cpu_s(target.pid), cpu_s(target.pid, alone=True)
         told = run(self.seconds)
-        used = cpu_s(target.pid) - used
+        used, first = cpu_s(target.pid) - used, cpu_s(target.pid, alone=True) - first
         done, rate = requests_of(told)
-        return {"requests_per_s": rate, "request_cpu_us": used / done * 1e6, "failed": failures_of(told)}
+        per_request = {"request_cpu_us": used / done * 1e6, "request_first_cpu_us": first / done * 1e6}
+        return {"requests_per_s": rate, "failed": failures_of(told), **per_request}
+
+    def _added(self, target: Target, count: int, rate: int, chunks: int) -> Result:
+        return added(self._delay(target, count, rate, chunks), self.direct["delays"][str(count)])
 
     def _delay(self, target: Target, count: int, rate: int, chunks: int) -> Result:
         return self._stream(target, count, body(chunks, 1.0 / rate), 1.5, self.seconds)
@@ -179,6 +193,7 @@ class Bench:
             raise UnavailableError("no chunk arrived")
         return {
             "cpu_us": told["cpu_s"] / told["chunks"] * 1e6,
+            "first_cpu_us": told["first_cpu_s"] / told["chunks"] * 1e6,
             "in_time": told["chunks"] / (told["seconds"] * rate * count),
             "errors": told["errors"],
         }
@@ -205,14 +220,14 @@ class Bench:
         client.stdin.close()
         client.stdout.readline()
         at_begin()
-        used = cpu_s(target.pid)
+        used, first = cpu_s(target.pid), cpu_s(target.pid, alone=True)
         client.stdout.readline()
-        used = cpu_s(target.pid) - used
+        used, first = cpu_s(target.pid) - used, cpu_s(target.pid, alone=True) - first
         told: Result = json.loads(client.stdout.readline())
         client.wait()
         client.stdout.close()
         quiet(target)
-        return told | {"cpu_s": used}
+        return told | {"cpu_s": used, "first_cpu_s": first}
 
 
 def quiet(target: Target) -> None:
@@ -282,11 +297,12 @@ def table(results: dict[str, Result]) -> str:
         *(_request_row(name, result, base) for name, result in results.items()),
         "",
         f"{'streams of chunks':19} cpu us at 50/s  of bare  in time   at 100/s  of bare  in time   KiB/idle stream",
-        *(_chunk_row(name, result, base) for name, result in results.items() if "chunks" in result),
+        *(_chunk_row(name, result, base) for name, result in results.items() if result.get("chunks")),
         "",
         f"{'added ms, p50 p99':19} "
         + "".join(f"{f'first chunk, {n}':>18}{f'each chunk, {n}':>18}" for n, *_ in DELAYS),
-        *(_delay_row(name, result) for name, result in results.items() if "delays" in result),
+        *(_delay_row(name, result) for name, result in results.items() if result.get("delays")),
+        *_relay_rows(results),
     ]
     return "\n".join(lines)
 
@@ -296,6 +312,8 @@ def _ratio(value: float, base: float | None) -> str:
 
 
 def _request_row(name: str, result: Result, base: Result) -> str:
+    if "request_cpu_us" not in result:
+        return f"{name:19} {'-':>10}"
     cpu = result["request_cpu_us"]
     decision = f"{result['decision_us']:9.0f}" if "decision_us" in result else f"{'-':>9}"
     return (
@@ -307,10 +325,12 @@ def _request_row(name: str, result: Result, base: Result) -> str:
 def _chunk_row(name: str, result: Result, base: Result) -> str:
     row = f"{name:19} "
     for (_, rate), width in zip(CHUNKS, (14, 10), strict=True):
-        one = result["chunks"][str(rate)]
-        of_bare = base.get("chunks", {}).get(str(rate), {}).get("cpu_us")
-        row += f"{one['cpu_us']:{width}.1f}  {_ratio(one['cpu_us'], of_bare)} {one['in_time']:8.0%}"
-    return row + f" {result['idle_stream_kib']:12.1f}"
+        if one := result["chunks"][str(rate)]:
+            of_bare = base.get("chunks", {}).get(str(rate), {}).get("cpu_us")
+            row += f"{one['cpu_us']:{width}.1f}  {_ratio(one['cpu_us'], of_bare)} {one['in_time']:8.0%}"
+        else:
+            row += f"{'-':>{width}}{'':18}"
+    return row + (f" {result['idle_stream_kib']:12.1f}" if "idle_stream_kib" in result else f"{'-':>13}")
 
 
 def _delay_row(name: str, result: Result) -> str:
@@ -318,16 +338,29 @@ def _delay_row(name: str, result: Result) -> str:
     for count, *_ in DELAYS:
         one = result["delays"][str(count)]
         for kind in ("request", "chunk"):
-            pair = f"{one[f'{kind}_p50_ms']:.2f} {one[f'{kind}_p99_ms']:.2f}"
+            pair = f"{one[f'{kind}_p50_ms']:.2f} {one[f'{kind}_p99_ms']:.2f}" if one else "-"
             row += f"{pair:>18}"
     return row
+
+
+def _relay_rows(results: dict[str, Result]) -> list[str]:
+    """Of gateways with relays, what the process that decides takes: it bounds how many relays there can be."""
+    rows = []
+    for name, result in results.items():
+        if "relay" not in name or "request_first_cpu_us" not in result:
+            continue
+        chunks = result["chunks"].get(str(CHUNKS[0][1]))
+        per_chunk = f", {chunks['first_cpu_us']:.1f} us of {chunks['cpu_us']:.1f} per chunk" if chunks else ""
+        brain, whole = result["request_first_cpu_us"], result["request_cpu_us"]
+        rows.append(f"{name}: the brain takes {brain:.0f} us of {whole:.0f} per request{per_chunk}; on both cores")
+    return ["", *rows] if rows else []
 
 
 def main() -> None:
     names = [peer.name for peer in PEERS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help=f"some of {','.join(names)}")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each job")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each job")
     parser.add_argument("--json", default="", metavar="FILE")
     options = parser.parse_args()
     chosen = list(filter(None, options.only.split(","))) or names

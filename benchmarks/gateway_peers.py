@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -37,6 +38,8 @@ class Peer:
     prepare: Callable[[int, range, Path], list[str]]
     instances: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
+    relays: int = 0  # processes beside the one that decides; they may use both cores
+    idle_streams: int = 2000
     only_requests: bool = False  # what streams cost does not depend on what is different about it
     start_s: float = 30.0
 
@@ -45,7 +48,7 @@ def _bare(port: int, upstream: range, folder: Path) -> list[str]:
     return [sys.executable, str(HERE / "bare_relay.py"), str(port), f"http://127.0.0.1:{upstream[0]}"]
 
 
-def gateway_config(port: int, upstream: range, journal: Path) -> dict[str, object]:
+def gateway_config(port: int, upstream: range, journal: Path, relays: int = 0) -> dict[str, object]:
     """The gateway as it would be run: brain, books, metrics and journal, and nothing that is refused."""
     urls = [f"http://127.0.0.1:{each}" for each in upstream]
     return {
@@ -56,12 +59,14 @@ def gateway_config(port: int, upstream: range, journal: Path) -> dict[str, objec
         "instances": [{"id": f"e{n}", "url": url, "kind": "openai", "chunk": "dynamic"} for n, url in enumerate(urls)],
         "settings": {"on_late": "never", "placement": "spread"},
         "journal": str(journal),
+        "relays": relays,
     }
 
 
-def _gateway(port: int, upstream: range, folder: Path) -> list[str]:
+def _gateway(port: int, upstream: range, folder: Path, relays: int = 0) -> list[str]:
     config = folder / f"gateway-{len(upstream)}.yaml"
-    config.write_text(json.dumps(gateway_config(port, upstream, folder / "journal.jsonl")), encoding="utf-8")
+    plain = gateway_config(port, upstream, folder / "journal.jsonl", relays)
+    config.write_text(json.dumps(plain), encoding="utf-8")
     return [sys.executable, "-m", "polyserve", "serve", str(config)]
 
 
@@ -139,7 +144,7 @@ def _vllm_router(port: int, upstream: range, folder: Path) -> list[str]:
     program = _environment("vllm-router", VLLM_ROUTER) / "vllm-router"
     urls = [f"http://127.0.0.1:{each}" for each in upstream]
     where = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(port + 1000)]
-    return [str(program), *where, "--policy", "round_robin", "--log-level", "warn", "--worker-urls", *urls]
+    return [str(program), *where, "--policy", "round_robin", "--log-level", "warning", "--worker-urls", *urls]
 
 
 def _installed(name: str) -> str:
@@ -178,8 +183,11 @@ PEERS = (
     Peer("gateway", _gateway, instances=4),
     Peer("gateway-100", _gateway, instances=100, only_requests=True),
     Peer("gateway-1000", _gateway, instances=1000, only_requests=True, start_s=90.0),
+    Peer("gateway-relay-1", partial(_gateway, relays=1), instances=4, relays=1, start_s=60.0),
+    Peer("gateway-relay-2", partial(_gateway, relays=2), instances=4, relays=2, start_s=60.0),
     Peer("haproxy", _haproxy),
     Peer("nginx", _nginx),
-    Peer("litellm", _litellm, start_s=90.0, environment={"LITELLM_LOG": "ERROR", "NO_PROXY": "*"}),
+    # A request takes it milliseconds: 2,000 streams would take it half a minute to open.
+    Peer("litellm", _litellm, idle_streams=500, start_s=90.0, environment={"LITELLM_LOG": "ERROR", "NO_PROXY": "*"}),
     Peer("vllm-router", _vllm_router, start_s=60.0, environment={"NO_PROXY": "*"}),
 )

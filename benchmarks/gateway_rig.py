@@ -53,13 +53,13 @@ def cores() -> tuple[int, int]:
     return there[1], there[0]
 
 
-def in_child(core: int) -> Callable[[], None]:
+def in_child(*cores: int) -> Callable[[], None]:
     """What a process of ours does first: stay on its core, end with us, open many files."""
     libc = ctypes.CDLL(None)
 
     def prepare() -> None:
         libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        os.sched_setaffinity(0, {core})
+        os.sched_setaffinity(0, set(cores))
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
@@ -67,8 +67,10 @@ def in_child(core: int) -> Callable[[], None]:
 
 
 @contextmanager
-def process(command: Sequence[str], core: int, log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process on one core that is gone when the block is left."""
+def process(
+    command: Sequence[str], core: int | tuple[int, ...], log: Path, **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process on one core, or on some, that is gone when the block is left."""
     with log.open("wb") as output:
         child = subprocess.Popen(
             command,
@@ -76,7 +78,7 @@ def process(command: Sequence[str], core: int, log: Path, **environment: str) ->
             stderr=subprocess.STDOUT,
             env=os.environ | environment,
             start_new_session=True,
-            preexec_fn=in_child(core),
+            preexec_fn=in_child(*((core,) if isinstance(core, int) else core)),
         )
     try:
         yield child
@@ -97,10 +99,10 @@ def tree(pid: int) -> list[int]:
     return [pid, *(below for child in children for below in tree(child))]
 
 
-def cpu_s(pid: int) -> float:
-    """Processor seconds of a process and its children so far."""
+def cpu_s(pid: int, alone: bool = False) -> float:
+    """Processor seconds of a process, and of its children unless `alone`, so far."""
     total = 0.0
-    for each in tree(pid):
+    for each in [pid] if alone else tree(pid):
         with suppress(OSError):
             total += time.clock_gettime((~each << 3) | 2)  # clock_getcpuclockid(3), which Python lacks
     return total

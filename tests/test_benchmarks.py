@@ -135,6 +135,15 @@ def test_a_row_says_what_a_relay_costs_beside_the_bare_one(rig: ModuleType) -> N
     lines = gateway.table({"bare": bare, "gateway": bare | {"request_cpu_us": 600.0, "decision_us": 55.0}}).splitlines()
     assert lines[1].split() == ["bare", "2,500", "400", "2,500", "1.00x", "0", "-"]
     assert lines[2].split() == ["gateway", "2,500", "600", "1,667", "1.50x", "0", "55"]
+    chunks = {"50": {"cpu_us": 30.0, "in_time": 1.0}, "100": {}}  # of the second job nothing came
+    assert gateway.table({"slow": {"chunks": chunks}}).splitlines()[4].split() == [
+        "slow",
+        "30.0",
+        "-",
+        "100%",
+        "-",
+        "-",
+    ]
 
 
 def test_a_peer_that_is_not_installed_is_said_to_be_missing_in_a_line(
