@@ -19,6 +19,7 @@ from test_gateway import CHAT, MESSAGES, over, post
 
 from polyserve.config import ConfigError, load
 from polyserve.core.types import Slo, Tenant, Tier
+from polyserve.journal import replay
 from polyserve.serve.access import Keyring, Operators, clamped, fresh_key, hashed
 from polyserve.serve.errors import ApiError
 from polyserve.serve.plan import TenantPlan
@@ -158,12 +159,13 @@ def test_a_tenant_of_best_effort_alone_may_ask_for_no_pace() -> None:
     assert caught.value.code == "tier_not_allowed"
 
 
-async def test_what_is_over_a_tenants_bounds_is_refused_and_the_sdk_knows_when_to_come_back() -> None:
+async def test_what_is_over_a_tenants_bounds_is_refused_and_the_sdk_knows_when_to_come_back(tmp_path: Path) -> None:
+    journal = tmp_path / "steps.jsonl"
     tenants: list[dict[str, Any]] = [
         {"name": "a", "keys": [hashed(KEY)], "requests_per_s": 0.5, "burst_s": 2, "body_mib": 0.001},
         {"name": "b", "keys": [hashed(OTHER)]},
     ]
-    async with over(FakeEngine(), tenants=tenants) as live:
+    async with over(FakeEngine(), tenants=tenants, journal=journal) as live:
         assert (await post(live, CHAT, **bearer(KEY)))[0] == 200
         with pytest.raises(openai.RateLimitError) as caught:
             await live.openai.with_options(api_key=KEY).chat.completions.create(model="tiny", messages=MESSAGES)
@@ -177,6 +179,8 @@ async def test_what_is_over_a_tenants_bounds_is_refused_and_the_sdk_knows_when_t
         assert (await post(live, large, **bearer(KEY)))[0] == 413
         assert (await post(live, large, **bearer(OTHER)))[0] == 200
         await live.quiet()
+    assert "rate_limit_exceeded" in journal.read_text()
+    assert replay(journal).mismatch is None
 
 
 # ------------------------------------------------------------------------------------------------------- the operators
@@ -202,6 +206,49 @@ async def test_the_admin_api_wants_its_key_where_it_has_one() -> None:
             async with live.http.get(live.url + path) as answer:
                 assert answer.status == 200
         assert (await post(live, CHAT, **bearer(ADMIN)))[0] == 401
+
+
+OPERATED = [
+    ("GET", "/metrics"), ("GET", "/admin/fleet"), ("GET", "/admin/decisions"), ("GET", "/admin/audit"),
+    ("GET", "/admin/observe"), ("GET", "/admin/tiers"), ("PUT", "/admin/tiers"), ("POST", "/admin/reload"),
+    ("POST", "/admin/instances"), ("DELETE", "/admin/instances/e0"), ("POST", "/admin/instances/e0/drain"),
+]  # fmt: skip
+
+
+async def asked(app: Any, method: str, path: str, key: str = "") -> int:
+    """The status with which an ASGI application answers."""
+    headers = [(b"host", b"gateway"), *([(b"authorization", f"Bearer {key}".encode())] if key else [])]
+    scope = {
+        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
+        "headers": headers, "client": ("10.0.0.7", 5), "server": ("10.0.0.1", 80), "scheme": "http",
+        "http_version": "1.1", "root_path": "",
+    }  # fmt: skip
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    status: int = sent[0]["status"]
+    return status
+
+
+async def test_nothing_of_the_operators_is_open_on_either_listener() -> None:
+    async with over(FakeEngine(), admin={"keys": [hashed(ADMIN)]}) as live:
+        for app in (live.house.front, live.house.admin):
+            for method, path in OPERATED:
+                assert await asked(app, method, path) == 401, path
+                assert await asked(app, method, path, KEY) == 401, path
+            assert await asked(app, "GET", "/health") == 200
+            assert await asked(app, "GET", "/admin/fleet", ADMIN) == 200
+        assert live.gateway.fleet.get("e0") is not None
+    async with over(FakeEngine()) as live:
+        for app in (live.house.front, live.house.admin):
+            for method, path in OPERATED:
+                assert await asked(app, method, path) == 403, path
 
 
 FROM_ELSEWHERE: list[dict[str, str]] = [
