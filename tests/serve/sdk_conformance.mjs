@@ -112,6 +112,9 @@ try {
 {
   const stream = await plain.chat.completions.create({ model: "slow", messages, stream: true });
   for await (const _ of stream) break; // which aborts it
+  const leaving = new AbortController();
+  const other = await plain.chat.completions.create({ model: "slow", messages, stream: true }, { signal: leaving.signal });
+  for await (const _ of other) leaving.abort();
   const controller = new AbortController();
   const whole = plain.chat.completions.create({ model: "slow", messages }, { signal: controller.signal });
   later(() => controller.abort(), 200);

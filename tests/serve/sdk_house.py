@@ -112,7 +112,7 @@ async def house() -> AsyncIterator[tuple[Live, Engines]]:
         "held": endless(),
         "full": endless(),
         "waiting": endless(),
-        "again": FakeEngine(tokens=40, every_s=0.02),
+        "again": FakeEngine(tokens=80, every_s=0.02),
         "dying": FakeEngine(status=500),
         "picky": FakeEngine(status=422),
         "breaking": FakeEngine(error_event=True, every_s=0.02),

@@ -114,7 +114,7 @@ def test_an_error_within_a_stream_is_raised_from_it(seen: Any) -> None:
 
 def test_who_aborts_takes_the_request_off_the_engine(seen: Any) -> None:
     assert seen["aborted"] is True
-    assert seen["cut"] == 2
+    assert seen["cut"] in (2, 3)  # two streams after their first token; the third request may not have got there
 
 
 def test_the_models_are_listed(seen: Any) -> None:

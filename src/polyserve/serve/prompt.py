@@ -12,13 +12,13 @@ from msgspec import Raw
 from polyserve.serve.fields import field, missing, read, wrong
 
 # Pictures and sound travel as base64 inside messages; their length says nothing about tokens.
-_INLINE_DATA = re.compile(rb';base64,[A-Za-z0-9+/=\\]*|(?<="data":)\s*"[A-Za-z0-9+/=\\]*')
+# Two patterns that begin with a literal are found twice as fast as one that is either.
+_INLINE_DATA = re.compile(rb";base64,[A-Za-z0-9+/=\\]*")
+_SOUND = re.compile(rb'"data"\s*:\s*"[A-Za-z0-9+/=\\]*')
 # Parts of a message that are no text, as the chat and responses APIs (and vLLM, for video) call them.
 _MEDIUM = re.compile(
     rb'"type"\s*:\s*"(?:image_url|input_image|input_audio|audio_url|video_url|input_video|file|input_file)"'
 )
-# Inside of a text the quotes would be escaped.
-_ROLE = re.compile(rb'"role"\s*:\s*"')
 _PROMPT = "a string, an array of strings or of token ids"
 
 _prompts = msgspec.json.Decoder(list[str | int | list[int]])
@@ -40,7 +40,7 @@ def chat_prompt(fields: Mapping[str, Raw]) -> Prompt:
         raise missing("messages")
     if not bytes(fields["messages"]).startswith(b"["):
         raise wrong("messages", "an array of messages")
-    return _measured(fields, ("messages", "tools"))._replace(messages=len(_ROLE.findall(bytes(fields["messages"]))))
+    return _measured(fields, ("messages", "tools"))
 
 
 def response_prompt(fields: Mapping[str, Raw]) -> Prompt:
@@ -70,15 +70,19 @@ def text_prompt(fields: Mapping[str, Raw], key: str) -> Prompt:
 
 
 def _measured(fields: Mapping[str, Raw], keys: tuple[str, ...]) -> Prompt:
-    size = media = 0
+    size = media = messages = 0
     for key in keys:
         if key in fields:
             text = bytes(fields[key])
-            if b'"type"' in text and (found := len(_MEDIUM.findall(text))):
-                media += found
+            if b";base64," in text:
                 text = _INLINE_DATA.sub(b"", text)
+            if b'"input_audio"' in text:
+                text = _SOUND.sub(b"", text)
+            if b'"type"' in text:
+                media += len(_MEDIUM.findall(text))
+            messages += text.count(b'"role"')  # inside of a text the quotes would be escaped
             size += len(text)
-    return Prompt(1, size, None, media)
+    return Prompt(1, size, None, media, messages)
 
 
 def texts(fields: Mapping[str, Raw], keys: tuple[str, ...]) -> list[str]:
