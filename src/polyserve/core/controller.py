@@ -629,7 +629,14 @@ class Controller:
         books = self._fleet.get(event.instance)
         if books is not None:
             books.reported_at = event.at
-            books.foreign = max(event.running + event.waiting - len(books.jobs), 0)
+            self._host(books, max(event.running + event.waiting - len(books.jobs), 0), event.kv_tokens)
+
+    def _host(self, books: Books, strangers: int, kv_tokens: int | None) -> None:
+        """Take in how much of an instance others use; room that they leave is filled."""
+        before = books.foreign
+        books.host(strangers, kv_tokens)
+        if books.foreign < before:
+            self._refill(books)
 
     # ---------------------------------------------------------------------------------------------- two instances
 
@@ -902,6 +909,9 @@ class Controller:
         self._time_out_queues()
         self._age_best_effort()
         self._time_out_starts()
+        for books in self._fleet:
+            if books.foreign and now - books.reported_at > STALE_S:
+                self._host(books, 0, None)
         self._forgive()
         self._try_the_rested()
         for books in self._fleet.ready():
@@ -984,5 +994,6 @@ class Controller:
 
 
 AVOIDED_S = 3.0  # a job that waits longer goes back to an instance that broke it, rather than nowhere
+STALE_S = 5.0  # what was reported longer ago says nothing of who else is there
 DRAIN_MEMORY_S = 5.0  # over which the rate of a queue's drain is taken
 LENGTHS_EVERY_S = 2.0  # the table costs about 2 ms

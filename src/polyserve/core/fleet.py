@@ -67,6 +67,9 @@ from polyserve.core.profile import Profile
 from polyserve.core.settings import Settings
 from polyserve.core.types import Instance, InstanceId, Iteration, Request, RequestId, Role, Slo, TierName
 
+# Of an instance's memory that strangers are believed to hold at most: a gauge that is wrong shall not shut it.
+MOST_FOREIGN = 0.9
+
 
 class State(StrEnum):
     """Where an instance is in its life."""
@@ -178,6 +181,7 @@ class Books:
         self.since = 0.0  # when it last changed state or tier
         self.empty_looks = 0
         self.foreign = 0  # residents that others sent
+        self._strangers = 0  # of the latest report
         self.reported_at = -math.inf
         self.by_tier: dict[TierName | None, int] = {}  # residents by their tier
         self._fleet: Fleet | None = None
@@ -487,9 +491,26 @@ class Books:
     def restarted(self) -> None:
         """Its process was replaced: nothing that was learned of it holds."""
         self.unlearn()
-        self.foreign = 0
+        self.host(0, None)
         self.reported_at = -math.inf
         self._inst[I_ENDS] = -1.0
+
+    def host(self, strangers: int, kv_tokens: int | None) -> None:
+        """Believe that so many residents of others have seats here, and that KV which is not ours is theirs.
+
+        One report may count who is just coming or going: of two in a row the fewer are believed. What strangers cost
+        in time the correction learns from iterations.
+        """
+        self.foreign, self._strangers = min(strangers, self._strangers), strangers
+        theirs = 0.0
+        if self.foreign and kv_tokens is not None and self.watched:
+            rows = self.rows
+            ours = rows[:, R_PROMPT] - np.maximum(rows[:, R_LEFT], 0.0) + rows[:, R_MADE]
+            theirs = min(max(kv_tokens - float(ours.sum()), 0.0), MOST_FOREIGN * self.kv_tokens)
+        seats = max(self.max_num_seqs - self.foreign, 1)
+        if (theirs, seats) != (self.kv_tokens - self._inst[I_KV], self._inst[I_SEQS]):
+            self._inst[I_KV], self._inst[I_SEQS] = self.kv_tokens - theirs, seats
+            self._touch()
 
     def unlearn(self) -> None:
         """Believe the profile again: what the instance was says nothing of what it will be."""
