@@ -345,6 +345,10 @@ def _read(path: Path) -> Config:
         plain = yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {_in_one_line(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not YAML: nested too deep") from None
+    except ValueError as error:  # of a number or a date that is none
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(plain, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys; `model` (or `models`) and `tiers` are needed")
     try:
@@ -359,6 +363,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is a word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
