@@ -7,6 +7,7 @@
 #   make bench-gateway   the gateway beside a bare relay, HAProxy, nginx, LiteLLM and vLLM's router
 #   make study   how much load each policy holds, in every setting: hours; goes on where it was interrupted
 #   make chaos   breaks an emulated fleet under load for MINUTES=30 and accounts for every request; SEED=n repeats one
+#   make soak    half the load for MINUTES=60 without faults: what the gateway holds must not grow
 
 VENV ?= .venv
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,$(shell \
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.polyserve-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check unit live test demo up down study study-full lock bench bench-gateway chaos clean
+.PHONY: help setup check unit live test demo up down study study-full lock bench bench-gateway chaos soak clean
 .DELETE_ON_ERROR:
 
 help:
@@ -91,6 +92,10 @@ SEED ?=
 
 chaos: $(READY)
 	@PYTHONPATH=benchmarks $(BIN)/python -m chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+# The same without faults, at half the load: exit 1 when what the gateway holds grows.
+soak: $(READY)
+	@PYTHONPATH=benchmarks $(BIN)/python -m chaos.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 # After a change of the dependencies in pyproject.toml: new pins from a clean environment.
 lock:

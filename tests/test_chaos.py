@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from chaos.asks import Ask, draw, expected, optimum  # noqa: E402 - found by the line before
 from chaos.client import How, Seen  # noqa: E402
+from chaos.soak import Sample, per_hour  # noqa: E402
 from chaos.verdict import Verdict, judge  # noqa: E402
 
 RETRY = {"retry-after": "1", "retry-after-ms": "250"}
@@ -149,7 +150,23 @@ def chaos(*options: str) -> dict[str, Any]:
 
 
 @pytest.mark.live
-def test_a_fleet_without_faults_answers_everybody() -> None:
-    told = chaos("--minutes", "0.1", "--seed", "1", "--every", "0", "--load", "0.3")
-    assert (told["broken"], told["left_over"], told["faults"]) == ({}, [], {})
-    assert told["completed"] > 50
+def test_no_request_is_lost_while_engines_come_and_go() -> None:
+    told = chaos("--minutes", "0.3", "--seed", "1", "--every", "1.2", "--load", "0.5")
+    assert (told["broken"], told["left_over"]) == ({}, [])
+    assert sum(told["faults"].values()) > 5
+    assert told["completed"] > 200
+    assert told["continued"] + told["moved"] > 0
+
+
+def test_growth_is_told_from_what_comes_and_goes_with_requests() -> None:
+    def samples(files: int, mib: float) -> list[Sample]:
+        opened = [n % 7 for n in range(40)]
+        return [
+            Sample(60.0 * n, 100 + mib * n, 30 + files * n + 2 * count, 9 + 2 * count, 50, count)
+            for n, count in enumerate(opened)
+        ]
+
+    assert per_hour(samples(0, 0.0), "files") == pytest.approx(0.0, abs=1e-6)
+    assert per_hour(samples(0, 0.0), "tasks") == pytest.approx(0.0, abs=1e-6)
+    assert per_hour(samples(1, 0.5), "files") == pytest.approx(60.0)
+    assert per_hour(samples(1, 0.5), "memory_mib") == pytest.approx(30.0)

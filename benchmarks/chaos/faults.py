@@ -7,9 +7,12 @@ import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
+from typing import Any
 
 import aiohttp
+import yaml
 
 from chaos.processes import EngineProcess, GatewayProcess
 
@@ -32,6 +35,8 @@ class Stage:
     gateway: GatewayProcess
     http: aiohttp.ClientSession
     spare: EngineProcess  # joins now and then, and leaves again
+    config: Path
+    plain: dict[str, Any]  # what stands in the config
     hurt: set[str] = field(default_factory=set)
     injected: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)  # faults that could not be done as meant
@@ -73,6 +78,13 @@ class Stage:
         async with self.http.delete(f"{self.url}/admin/instances/{engine.name}") as answer:
             if answer.status != 204:
                 self.problems.append(f"remove {engine.name}: {answer.status} {await answer.text()}")
+
+    async def reload(self, plain: dict[str, Any], status: int) -> None:
+        """Have the gateway read another config, which it answers with `status`."""
+        self.config.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+        async with self.http.post(f"{self.url}/admin/reload") as answer:
+            if answer.status != status:
+                self.problems.append(f"reload: {answer.status}, not {status}: {await answer.text()}")
 
 
 Fault = Callable[[Stage, EngineProcess, Random], Awaitable[None]]
@@ -153,6 +165,20 @@ async def grow(stage: Stage, engine: EngineProcess, random: Random) -> None:
     await spare.kill()
 
 
+async def reload(stage: Stage, engine: EngineProcess, random: Random) -> None:
+    """Another tier comes with the config, and goes again."""
+    extra = {"name": "extra", "tpot_ms": 150, "ttft_ms": 4_000}
+    await stage.reload(stage.plain | {"tiers": [*stage.plain["tiers"], extra]}, 200)
+    await asyncio.sleep(random.uniform(1.0, 4.0))
+    await stage.reload(stage.plain, 200)
+
+
+async def reload_badly(stage: Stage, engine: EngineProcess, random: Random) -> None:
+    """A config that is none; the old one stays."""
+    await stage.reload(stage.plain | {"tiers": [{"name": "fast"}]}, 400)
+    await stage.reload(stage.plain, 200)
+
+
 FAULTS: dict[str, Fault] = {
     "kill": kill,
     "kill, restart at once": kill_and_restart_at_once,
@@ -164,7 +190,11 @@ FAULTS: dict[str, Fault] = {
     "drain": drain,
     "remove": remove,
     "join, then drain": grow,
+    "reload": reload,
+    "reload, bad file": reload_badly,
 }
+# Those that hurt no engine of the fleet.
+ELSEWHERE = ("join, then drain", "reload", "reload, bad file")
 
 
 async def trouble(stage: Stage, seed: int, every_s: float, until: float) -> None:
@@ -180,7 +210,7 @@ async def trouble(stage: Stage, seed: int, every_s: float, until: float) -> None
             if not deck:  # every kind comes before any comes again
                 deck = random.sample(sorted(FAULTS), len(FAULTS))
             name, victim, own = deck.pop(), random.choice(stage.engines), Random(random.random())
-            if name == "join, then drain":
+            if name in ELSEWHERE:
                 victim = stage.spare
             elif len(stage.hurt) >= MOST_HURT:
                 deck.insert(0, name)

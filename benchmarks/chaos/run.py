@@ -49,9 +49,9 @@ async def run(options: Options) -> Account:
         folder = options.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         rate = options.load * optimum()
-        async with aiohttp.ClientSession() as http, _staged(folder, http) as stage, session() as clients:
-            memory, files = await _warmed_up(stage, clients)
-            seen = await _under_load(stage, clients, options, rate)
+        async with aiohttp.ClientSession() as http, staged(folder, http) as stage, session() as clients:
+            memory, files = await warmed_up(stage, clients)
+            seen = await under_load(stage, clients, options, rate)
             await clients.close()
             account = Account(options.seed, options.minutes, rate, stage.injected)
             account.take(seen)
@@ -65,7 +65,7 @@ async def run(options: Options) -> Account:
 
 
 @contextlib.asynccontextmanager
-async def _staged(folder: Path, http: aiohttp.ClientSession) -> AsyncIterator[Stage]:
+async def staged(folder: Path, http: aiohttp.ClientSession) -> AsyncIterator[Stage]:
     """Engines and gateway, up and ready."""
     profile = scene.write_profile(folder)
     with contextlib.ExitStack() as stack:
@@ -78,9 +78,10 @@ async def _staged(folder: Path, http: aiohttp.ClientSession) -> AsyncIterator[St
             engine.start()
         place = Place()
         config = scene.config(folder, place.port, [engine.place.url for engine in engines])
-        gateway = GatewayProcess(scene.write_config(folder, config), place, folder / "gateway.log")
+        file = scene.write_config(folder, config)
+        gateway = GatewayProcess(file, place, folder / "gateway.log")
         stack.callback(gateway.close)
-        stage = Stage(engines, gateway, http, spare)
+        stage = Stage(engines, gateway, http, spare, file, config)
         await _ready(stage)
         yield stage
 
@@ -97,14 +98,14 @@ async def _ready(stage: Stage) -> None:
     raise StageError(f"the fleet is not ready; the end of the gateway's log:\n{end}")
 
 
-async def _warmed_up(stage: Stage, clients: aiohttp.ClientSession) -> tuple[int, int]:
+async def warmed_up(stage: Stage, clients: aiohttp.ClientSession) -> tuple[int, int]:
     """Let everything happen once, and come back with the gateway's memory and open files."""
     asks = [draw(-1, number) for number in range(20)]
     await asyncio.gather(*(send(clients, stage.url, ask, Seen(ask)) for ask in asks))
     return stage.gateway.memory_bytes(), stage.gateway.files()
 
 
-async def _under_load(stage: Stage, clients: aiohttp.ClientSession, options: Options, rate: float) -> list[Seen]:
+async def under_load(stage: Stage, clients: aiohttp.ClientSession, options: Options, rate: float) -> list[Seen]:
     """Load and faults for as long as asked; comes back when all clients are through, or have waited long enough."""
     loop = asyncio.get_running_loop()
     until = loop.time() + options.minutes * 60

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # Engines close idle connections after 5 s (uvicorn's default); ours are given up before that.
 KEEP_ALIVE_S = 4.0
+_TASKS = b"# HELP polyserve_tasks Tasks of the event loop.\n# TYPE polyserve_tasks gauge\npolyserve_tasks %d\n"
 # A process that takes over from another has met its engines by then, or they do not answer.
 FIRST_ENGINES_S = 10.0
 
@@ -78,7 +79,8 @@ class House:
     def metrics_text(self) -> bytes:
         """What all models count, and the house itself, in Prometheus' text format."""
         models = exposition({model: gateway.metrics for model, gateway in self.gateways.items()})
-        return models if self.reloader is None else models + generate_latest(self.reloader.registry)
+        own = _TASKS % len(asyncio.all_tasks())
+        return models + own if self.reloader is None else models + own + generate_latest(self.reloader.registry)
 
     @property
     def failure(self) -> BaseException | None:
