@@ -19,6 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parent / "build" / "peers"
 INSTALL_S = 600.0
+COMPILE_S = 300.0  # the core's loops, where they have changed since they were compiled last
 
 # Wheels only: nothing is built from source. The last release before two that were tampered with, 1.82.7 and 1.82.8.
 LITELLM = "litellm[proxy]==1.82.6"
@@ -180,7 +181,7 @@ def _environment(name: str, package: str) -> Path:
 
 PEERS = (
     Peer("bare", _bare),
-    Peer("gateway", _gateway, instances=4),
+    Peer("gateway", _gateway, instances=4, start_s=COMPILE_S),
     Peer("gateway-100", _gateway, instances=100, only_requests=True),
     Peer("gateway-1000", _gateway, instances=1000, only_requests=True, start_s=90.0),
     Peer("gateway-relay-1", partial(_gateway, relays=1), instances=4, relays=1, start_s=60.0),
