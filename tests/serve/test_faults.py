@@ -9,7 +9,7 @@ import pytest
 from faults import FAULTS, play
 from virtual import StandstillError, virtual_time
 
-RUNS, OF = 10, 20
+RUNS, OF = 10, 10
 
 
 @pytest.mark.parametrize("first", range(0, RUNS * OF, OF))
