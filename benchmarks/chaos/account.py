@@ -22,6 +22,8 @@ MORE_FILES = 8
 # An answer that takes longer than this is late; the law does not mind.
 LATE_S = 30.0
 SHOWN = 20
+# An engine that has just suffered may be given a rest; that it lives is enough.
+UP = ("ready", "resting")
 
 
 @dataclass
@@ -132,7 +134,7 @@ async def held(http: aiohttp.ClientSession, url: str) -> list[str]:
         for one in (await answer.json())["instances"]:
             if one["requests"]:
                 found.append(f"the gateway holds {one['requests']} requests on {one['id']}")
-            if one["state"] != "ready":
+            if one["state"] not in UP:
                 found.append(f"instance {one['id']} is {one['state']}")
     async with http.get(f"{url}/metrics") as answer:
         text = await answer.text()

@@ -226,6 +226,8 @@ async def _inject(stage: Stage, name: str, engine: EngineProcess, random: Random
     stage.injected[name] += 1
     try:
         await FAULTS[name](stage, engine, random)
-        await stage.reaches(lambda states: states.get(engine.name, "ready") == "ready", DRAIN_PATIENCE_S)
+        await stage.reaches(lambda states: states.get(engine.name, "ready") in ("ready", "resting"), DRAIN_PATIENCE_S)
+    except (aiohttp.ClientError, OSError) as error:
+        stage.problems.append(f"{name} of {engine.name}: {type(error).__name__}: {error}")
     finally:
         stage.hurt.discard(engine.name)

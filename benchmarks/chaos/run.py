@@ -39,6 +39,11 @@ class Options:
     keep: Path | None = None  # where logs and journal stay
 
 
+def admin_session() -> aiohttp.ClientSession:
+    """For the admin API: a connection for each request, since one kept may be closed in the moment of the next."""
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True))
+
+
 class StageError(Exception):
     """The stage could not be set up; the message says why."""
 
@@ -49,7 +54,7 @@ async def run(options: Options) -> Account:
         folder = options.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         rate = options.load * optimum()
-        async with aiohttp.ClientSession() as http, staged(folder, http) as stage, session() as clients:
+        async with admin_session() as http, staged(folder, http) as stage, session() as clients:
             memory, files = await warmed_up(stage, clients)
             seen = await under_load(stage, clients, options, rate)
             await clients.close()
