@@ -115,6 +115,7 @@ class Body:
         self.now = 0.0
         self.streams: dict[RequestId, Stream] = {}
         self.lives: dict[InstanceId, Life] = {}
+        self.left_draining: set[InstanceId] = set()  # lost before they were empty
         self.paces: dict[InstanceId, float] = {}
         self.roles: dict[InstanceId, Role] = {}
         self.split = settings.disaggregated
@@ -167,7 +168,8 @@ class Body:
 
     def lose(self, id: InstanceId) -> list[Action]:
         """The instance goes, and what its clients have got since the last report was never told."""
-        del self.lives[id]
+        if self.lives.pop(id) is Life.DRAINING:
+            self.left_draining.add(id)
         for stream in self.streams.values():
             if id in (stream.instance, stream.source) and stream.fate is Fate.RUNS:
                 stream.fate, stream.instance = Fate.WAITS, None
@@ -285,7 +287,10 @@ class Body:
                 self.lives[action.instance] = Life.DRAINING
             case Stop():
                 assert not self.holds(action.instance), "draining ends no stream"
-                self.lives.pop(action.instance)
+                if action.instance in self.left_draining:  # it is not to be asked for again, either
+                    self.left_draining.remove(action.instance)
+                else:
+                    del self.lives[action.instance]
                 self.paces.pop(action.instance, None)
             case Assign():
                 assert action.tier is None or action.tier in {tier.name for tier in self.tiers}

@@ -39,6 +39,7 @@ async def test_the_incumbent_routes_and_polyserve_says_what_it_would_have_done()
         assert [status for status, _, _ in answers] == [200] * 6
         assert [len(engine.seen) for engine in engines] == [3, 3]
         assert {node.pace_s for node in live.gateway.fleet} == {None}
+        await live.quiet()
         told = (await get(live, "/admin/observe"))["tiny"]
         fast = told["tiers"]["fast"]
         assert (told["incumbent"], fast["requests"]) == ("round-robin", 6)

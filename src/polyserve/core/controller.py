@@ -411,10 +411,10 @@ class Controller:
         assert on is not None, f"{request} is nowhere"
         on.remove(request)
         self._breakers.left(on, request)
+        self._actions.append(Evict(request, on.id))  # before what it leaves may be stopped
         for left in (on, self._part(job)):
             if left is not None and left is not books:
                 self._empty_out(left)
-        self._actions.append(Evict(request, on.id))
         self._requeue(job)
 
     def _requeue(self, job: Job) -> None:

@@ -376,7 +376,7 @@ class Books:
     def recompute(self, request: RequestId) -> None:
         """A resident was preempted: its tokens so far become prompt to compute again."""
         at = self._index.get(request)
-        if at is not None:
+        if at is not None and self._rows[at, R_LEFT] >= 0.0:  # no engine preempts whose KV it does not have
             row = self._rows[at]
             row[R_PROMPT] += row[R_MADE]
             row[R_CAP] = max(row[R_CAP] - row[R_MADE], 1.0)
