@@ -170,7 +170,7 @@ VARIANTS: dict[str, Pairs] = {
     "sized by pending": (("sizing", "pending"),),
     "never refuse": (("on_late", "never"),),
     "serve late": (("on_late", "serve_late"),),
-    "least loaded first": (("placement", "spread"),),
+    "most loaded first": (("placement", "fill"),),
     "a head blocks": (("head_walk", 0),),
     "no safety margin": (("safety_sigma", 0.0), ("memory_margin_sigma", 0.0), ("ttft_margin", 0.0)),
     "no live correction": (("correction", False),),
@@ -190,7 +190,7 @@ QUICK_VARIANTS = (
     "slack-driven chunk",
     "no relabelling",
     "never refuse",
-    "least loaded first",
+    "most loaded first",
     FIXED_VARIANT,
 )
 
